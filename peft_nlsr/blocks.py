@@ -1,0 +1,256 @@
+"""Runs the blocks of a decoder one at a time, so that only hidden states between blocks are ever stored.
+
+A model is treated as a plain chain: each block maps the hidden state that the previous one returned, with the other
+arguments (masks, position embeddings) of an ordinary forward pass. The first batch proves that this holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters import LiveAdapter
+from .errors import UnsupportedAdapterError
+from .lowrank import LowRank
+
+Factors = Mapping[str, LowRank] | None
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; never leaves this file."""
+
+
+@dataclass
+class BlockInputs:
+    """What one batch feeds the chain.
+
+    Attributes:
+        hidden: input of the first block ``(n, tokens, d)``.
+        arguments: per block the other positional and keyword arguments.
+        inputs: per block the hidden state that it really received; kept for the proof of the chain only.
+    """
+
+    hidden: Any = None
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+
+
+def find_blocks(adapter: LiveAdapter) -> list[tuple[str, nn.Module]]:
+    """The model's blocks in order, as ``(name, module)``: the module list that holds most of the LoRA modules.
+
+    Raises:
+        UnsupportedAdapterError: no such list, or an encoder-decoder model.
+    """
+    model = adapter.model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedAdapterError(
+            f"{type(model).__name__} is an encoder-decoder model, whose blocks are not one chain; use update='sum' "
+            "with a "
+            "patch, or least_squares_form='one_shot'"
+        )
+    layers = {id(layer) for layer in adapter.layers.values()}
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    counted = [(sum(id(s) in layers for s in m.modules()), name, m) for name, m in lists]
+    most = max((c for c in counted if c[0] > 0), key=lambda c: (c[0], -len(c[1])), default=None)
+    if most is None:
+        raise UnsupportedAdapterError(
+            f"{type(model).__name__} has no list of blocks that holds LoRA modules; use update='sum' with a patch, or "
+            "least_squares_form='one_shot'"
+        )
+    return [(f"{most[1]}.{i}", block) for i, block in enumerate(most[2])]
+
+
+def capture(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: dict[str, Tensor], *, keep: bool = False
+) -> BlockInputs:
+    """Run the model up to its last block and note what each block receives (hidden states only with ``keep``)."""
+    seen = BlockInputs()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, rest = _split(args, kwargs)
+        if seen.hidden is None:
+            seen.hidden = hidden
+        if keep:
+            seen.inputs.append(hidden.clone())
+        seen.arguments.append(rest)
+        if len(seen.arguments) == len(blocks):
+            raise _Stop
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        _forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    try:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    except _Stop:
+        pass
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    if args:
+        return args[0], (args[1:], kwargs)
+    return kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """The hidden state after the block."""
+    out = block(hidden, *arguments[0], **arguments[1])
+    return out[0] if isinstance(out, tuple) else out
+
+
+def prove_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: dict[str, Tensor]) -> None:
+    """Check on one batch that running block after block gives the hidden states of an ordinary forward pass.
+
+    Raises:
+        UnsupportedAdapterError: it does not, so the blocks exchange more than their hidden state.
+    """
+    seen = capture(model, blocks, batch, keep=True)
+    same = len(seen.inputs) == len(blocks)
+    mask = batch["attention_mask"].bool()
+    for block, hidden, wanted, arguments in zip(blocks, seen.inputs, seen.inputs[1:], seen.arguments, strict=False):
+        difference = (run_block(block, hidden, arguments) - wanted)[mask].norm()
+        same = same and bool(difference <= 1e-2 * wanted[mask].norm())
+    if not same:
+        raise UnsupportedAdapterError(
+            f"the blocks of {type(model).__name__} are not a plain chain, so they cannot be solved one by one; use "
+            "update='sum' with a patch, or least_squares_form='one_shot'"
+        )
+
+
+def groups_of(block: nn.Module, names: dict[int, str], hidden: Tensor, arguments: Any) -> list[list[str]]:
+    """LoRA modules of a block in the order they run, those that read the same tensor together.
+
+    Args:
+        names: ``id(module) -> name`` of the LoRA modules.
+
+    Raises:
+        UnsupportedAdapterError: a module runs more than once, or not at all.
+    """
+    order: list[tuple[str, Tensor]] = []
+    layers = [m for m in block.modules() if id(m) in names]
+    handles = [m.register_forward_pre_hook(lambda m, a: order.append((names[id(m)], a[0]))) for m in layers]
+    try:
+        run_block(block, hidden, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = [name for name, _ in order]
+    for name in (names[id(m)] for m in layers):
+        if ran.count(name) != 1:
+            raise UnsupportedAdapterError(
+                f"{name} ran {ran.count(name)} times in one pass of its block, expected once; leave it out of the "
+                "adapter"
+            )
+    groups: list[list[str]] = []
+    previous: Tensor | None = None
+    for name, x in order:
+        if x is previous:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        previous = x
+    return groups
+
+
+@contextmanager
+def watched(modules: dict[str, nn.Module], *, outputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Collects the input (or output) of each named module during the next passes; see :func:`run_until`."""
+    seen: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+            seen[name] = out if outputs else args[0]
+            if len(seen) == len(modules):
+                raise _Stop
+
+        return note
+
+    register = "register_forward_hook" if outputs else "register_forward_pre_hook"
+    handles = [getattr(module, register)(hook_for(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_until(
+    modules: dict[str, nn.Module], block: nn.Module, hidden: Tensor, arguments: Any, *, outputs: bool
+) -> dict[str, Tensor]:
+    """Inputs or outputs of the named modules in one pass of the block, which ends once all have been seen."""
+    with watched(modules, outputs=outputs) as seen:
+        try:
+            run_block(block, hidden, arguments)
+        except _Stop:
+            pass
+        return dict(seen)
+
+
+@contextmanager
+def playing(adapter: LiveAdapter, names: Mapping[str, Any], factors: Factors) -> Iterator[None]:
+    """Inside, the named modules compute with the given factors (None: with the adapter off); nothing is copied."""
+    layers = [(name, adapter.layers[name]) for name in names]
+    key = adapter.info.adapter_name
+    kept = [(layer.lora_A[key].weight.data, layer.lora_B[key].weight.data) for _, layer in layers]
+    try:
+        for name, layer in layers:
+            if factors is None:
+                layer.enable_adapters(False)
+            else:
+                A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
+                update = factors[name]
+                A.data = update.A.to(A.data)
+                B.data = (update.B * (update.scale / layer.scaling[key])).to(B.data)
+        yield
+    finally:
+        for (_, layer), (a, b) in zip(layers, kept, strict=True):
+            if factors is None:
+                layer.enable_adapters(True)
+            layer.lora_A[key].weight.data, layer.lora_B[key].weight.data = a, b
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards the modes and gradient flags as they were."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def switched_off(adapter: LiveAdapter) -> Iterator[None]:
+    """Inside, the model is its base: adapter and saved copies of base modules are out of the way."""
+    model: Any = adapter.model
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+@contextmanager
+def as_teacher(adapter: LiveAdapter, factors: Factors) -> Iterator[None]:
+    """Inside, the whole model computes with these factors; with None it is its base."""
+    with switched_off(adapter) if factors is None else playing(adapter, adapter.layers, factors):
+        yield

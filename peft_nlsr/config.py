@@ -1,0 +1,194 @@
+"""Every setting of a realignment, in one flat, frozen, JSON-typed dataclass, and the presets.
+
+The help text of a field exists once, in its metadata; the command line and the documentation read it from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "nlsr_config.json"
+SCHEMA_VERSION = 1
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "update": "sum",
+        "extrapolation": "exact",
+        "mask_unit": "tensor",
+        "selection": "bernoulli",
+        "calibration_tokens": "response",
+        "calibration_model": "reference",
+    },
+    "released": {
+        "update": "swap",
+        "extrapolation": "released",
+        "low_rank_rule": "released",
+        "mask_unit": "tensor",
+        "selection": "bernoulli_released",
+        "calibration_tokens": "response",
+        "calibration_model": "reference",
+        "sequential": True,
+        "prune_increment": 0.2,
+        "nlsr_seed": 42,
+    },
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "update": ("auto", "sum", "swap", "least_squares"),
+    "least_squares_form": ("two_teacher", "one_shot"),
+    "score": ("low_rank", "wanda", "snip", "preference_snip", "magnitude", "random"),
+    "extrapolation": ("exact", "released"),
+    "low_rank_rule": ("paper", "released"),
+    "mask_unit": ("tensor", "row"),
+    "calibration_tokens": ("all", "response"),
+    "calibration_model": ("tuned", "reference"),
+    "selection": ("least_similar", "bernoulli", "bernoulli_released", "threshold", "all"),
+    "selection_unit": ("module", "block"),
+}
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class NLSRConfig:
+    """Settings of a realignment. Build with ``NLSRConfig()`` or, for a preset, ``NLSRConfig.from_preset("paper")``.
+
+    Raises:
+        ValueError: a value outside its choices or range; the text lists what is valid.
+    """
+
+    preset: str = _knob("default", "Name of the preset these settings started from; travels with every number.")
+    update: str = _knob(
+        "auto",
+        "How a module is restored: sum (NLSR eq. 12), swap (as released), least_squares, or auto (decided by what is "
+        "available).",
+    )
+    least_squares_form: str = _knob("two_teacher", "Which least_squares: two_teacher (needs data) or one_shot.")
+    # NLSR, arXiv 2412.12497
+    beta: float = _knob(
+        0.9, "Pre-amplification: dW_e = (1 + beta) dW_a - beta dW_0 (eq. 2). Larger is safer and ruder."
+    )
+    extrapolation: str = _knob("exact", "exact on dW, or released (A and B both multiplied by 2 beta).")
+    score: str = _knob("low_rank", "Which entries of the reference are safety-critical.")
+    sparsity: float = _knob(0.8, "P_SR: share of entries left out of the safety region; 0.8 keeps the top 20 %.")
+    low_rank_rule: str = _knob(
+        "paper", "low_rank keeps r - int(r P_SR) directions (paper) or int(r P_SR) with a strict threshold (released)."
+    )
+    mask_unit: str = _knob("tensor", "Entries compete within the whole tensor or within their row.")
+    calibration_tokens: str = _knob("all", "Tokens that enter the statistics: all, or the response (labels) only.")
+    calibration_model: str = _knob("tuned", "Model whose activations are used: the fine-tuned one or the reference.")
+    sequential: bool = _knob(False, "Calibrate each block on a model whose earlier blocks are already reduced.")
+    selection: str = _knob("least_similar", "Which modules are restored.")
+    selection_unit: str = _knob("module", "Select single modules or whole blocks.")
+    restore_rate: float = _knob(0.5, "Share of modules restored by least_similar.")
+    prune_probability: float = _knob(0.5, "P_L of eq. 9: base probability that bernoulli leaves a module alone.")
+    prune_increment: float = _knob(0.4, "delta of eq. 9: how much the similarity rank adds to it.")
+    similarity_threshold: float = _knob(0.6, "selection=threshold restores modules whose similarity is below this.")
+    compress: bool = _knob(True, "Truncate the sum back to the adapter's rank; False keeps the exact rank 2r.")
+    # the two-teacher and one-shot closed forms
+    utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
+    ridge: float = _knob(1e-3, "eps: pull towards the fine-tuned update, relative to the mean input power.")
+    decision_weight: float = _knob(10.0, "Weight of the last prompt position, where an answer is begun.")
+    screening: bool = _knob(True, "Ask the safe teacher first; user prompts that it refuses join the safety data.")
+    answer_tokens: int = _knob(16, "Greedy tokens generated when a teacher answers a prompt.")
+    max_samples: int = _knob(320, "Examples used of each kind of data.")
+    max_length: int = _knob(512, "Tokens per example; longer ones are cut on the right.")
+    nlsr_batch_size: int = _knob(16, "Examples per forward pass.")
+    nlsr_seed: int = _knob(0, "Seed of every random draw.")
+
+    def __post_init__(self) -> None:
+        for name, valid in CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(valid)}")
+        for name in ("restore_rate", "prune_probability", "prune_increment"):
+            _check(self, name, 0.0, 1.0)
+        _check(self, "sparsity", 0.0, 1.0, open_above=True)
+        _check(self, "similarity_threshold", -1.0, 1.0)
+        for name in ("beta", "utility_weight", "decision_weight"):
+            _check(self, name, 0.0, math.inf, open_above=True)
+        _check(self, "ridge", 1e-12, 1e3)
+        for name in ("max_samples", "nlsr_batch_size", "answer_tokens"):
+            _check(self, name, 1, 2**31, whole=True)
+        _check(self, "max_length", 2, 2**31, whole=True)
+        _check(self, "nlsr_seed", 0, 2**63 - 1, whole=True)
+        for name in ("sequential", "compress", "screening"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+
+    @classmethod
+    def from_preset(cls, preset: str, /, **changes: Any) -> NLSRConfig:
+        """The settings of a preset (``default``, ``paper``, ``released``), with single fields changed.
+
+        Example:
+            >>> NLSRConfig.from_preset("paper", sparsity=0.7).selection
+            'bernoulli'
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+        return cls(**{"preset": preset, **PRESETS[preset], **changes})
+
+    def replace(self, **changes: Any) -> NLSRConfig:
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the schema version, as JSON types."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NLSRConfig:
+        """The inverse of :meth:`to_dict`. Unknown keys, as written by a newer version, warn by name."""
+        values = dict(values)
+        version = values.pop("schema_version", SCHEMA_VERSION)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(
+                f"NLSRConfig ignores unknown keys {', '.join(unknown)} (file schema {version}, this version reads "
+                f"{SCHEMA_VERSION}); upgrade peft_nlsr if you rely on them",
+                stacklevel=2,
+            )
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """Write ``nlsr_config.json`` into a folder (made when missing), keeping the record that may be in it."""
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        content["config"] = self.to_dict()
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> NLSRConfig:
+        """Read ``nlsr_config.json`` from a folder or, when no such folder exists, from a Hub repository."""
+        path = Path(source) / CONFIG_NAME
+        if not Path(source).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(source), CONFIG_NAME, revision=revision))
+        return cls.from_dict(json.loads(path.read_text("utf-8"))["config"])
+
+
+def _check(
+    config: NLSRConfig, name: str, low: float, high: float, *, whole: bool = False, open_above: bool = False
+) -> None:
+    value = getattr(config, name)
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'}")
+    if not (low <= value < high if open_above else low <= value <= high):
+        raise ValueError(f"{name}={value!r} must be in [{low}, {high}{')' if open_above else ']'}")

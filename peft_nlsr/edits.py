@@ -1,0 +1,185 @@
+"""How one module is restored: tensors in, a new low-rank update out. Nothing is written here.
+
+``t`` is the fine-tuned update, ``e`` the safety reference; see docs/DESIGN.md sections 2 and 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .lowrank import LowRank, add
+from .scores import FactorPair, Moment
+
+EXACT_SVD_SIDE = 1024
+
+
+def masked(update: LowRank, masks: FactorPair, *, inside: bool = True) -> LowRank:
+    """The update whose factors are zero outside the masks (``inside=False``: zero inside them)."""
+    mask_a, mask_b = masks if inside else (~masks[0], ~masks[1])
+    return LowRank(update.A * mask_a, update.B * mask_b, update.scale)
+
+
+def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compress: bool) -> tuple[LowRank, float]:
+    """``dW'' = W'_e + W^_t`` (NLSR eq. 12): masked reference plus the complement of the fine-tuned factors.
+
+    Args:
+        tuned: ``A (r, d_in)``, ``B (d_out, r)`` of the fine-tuned adapter.
+        safe_part: the reference with its factors already masked, same shapes.
+        masks: ``(M_A, M_B)``.
+        compress: truncate the exact rank-2r sum back to rank r.
+
+    Returns:
+        The update at the scale of ``tuned`` and the relative error of the compression (0 when exact).
+
+    Differs from the release, whose entry swap adds two cross terms.
+    """
+    total = add([safe_part, masked(tuned, masks, inside=False)])
+    if not compress:
+        return total.at_scale(tuned.scale), 0.0
+    truncated, error = total.truncate(tuned.rank)
+    return truncated.at_scale(tuned.scale), error
+
+
+def restore_swap(tuned: LowRank, safe_part: LowRank, masks: FactorPair) -> LowRank:
+    """As released: inside the masks the reference's entries of A and of B, elsewhere the fine-tuned ones."""
+    at_scale = safe_part.at_scale(tuned.scale)
+    return LowRank(
+        torch.where(masks[0], at_scale.A.to(tuned.A.dtype), tuned.A),
+        torch.where(masks[1], at_scale.B.to(tuned.B.dtype), tuned.B),
+        tuned.scale,
+    )
+
+
+def restore_one_shot(
+    tuned: LowRank,
+    reference: LowRank | None,
+    safety: Moment,
+    utility: Moment,
+    *,
+    utility_weight: float,
+    ridge: float,
+) -> tuple[LowRank, float]:
+    """``dW_t + (dW_e - dW_t) C_s (C_s + lambda C_u + eps I)^-1``, truncated to the adapter's rank.
+
+    The edit that follows the reference on safety inputs and stays put on utility inputs, for fixed inputs.
+    Only the rows of A meet the moments, so nothing of size d_out x d_in appears.
+
+    Args:
+        tuned: the fine-tuned update.
+        reference: the safety reference, or None for the base model (``dW_e = 0``).
+        safety, utility: second moments ``(d_in, d_in)`` divided by their token counts.
+        utility_weight: lambda; larger keeps more of the fine-tuned behaviour.
+        ridge: eps relative to the mean diagonal of ``C_s + lambda C_u``.
+
+    Returns:
+        The update at the scale of ``tuned``, and the relative error of the truncation on the same inputs.
+    """
+    d_in = tuned.shape[1]
+    epsilon = ridge * (safety.trace() + utility_weight * utility.trace()) / d_in
+    rows = tuned.A.double() if reference is None else torch.cat([tuned.A.double(), reference.A.double()])
+    moved = _solve_moments(safety.right_multiply(rows), safety, utility, utility_weight, epsilon)
+    kept = LowRank(tuned.A.double() - moved[: tuned.rank], tuned.B.double(), tuned.scale)
+    total = kept if reference is None else add([kept, LowRank(moved[tuned.rank :], reference.B, reference.scale)])
+    seen = safety.right_multiply(total.A) + utility_weight * utility.right_multiply(total.A) + epsilon * total.A
+    truncated, error = total.truncate(tuned.rank, seen_gram=seen @ total.A.T)
+    return truncated.at_scale(tuned.scale), error
+
+
+def _solve_moments(rows: Tensor, safety: Moment, utility: Moment, weight: float, epsilon: float) -> Tensor:
+    """``rows (C_s + weight C_u + epsilon I)^-1``, through the sketches' own size when both are sketched."""
+    if safety.rows is not None and utility.rows is not None:
+        F = torch.cat([safety.rows, weight**0.5 * utility.rows])
+        inner = F @ F.T + epsilon * torch.eye(len(F), dtype=F.dtype)
+        return (rows - torch.linalg.solve(inner, (rows @ F.T).T).T @ F) / epsilon
+    total = _full(safety) + weight * _full(utility)
+    total.diagonal().add_(epsilon)
+    return torch.linalg.solve(total, rows.T).T
+
+
+def _full(moment: Moment) -> Tensor:
+    if moment.full is not None:
+        return moment.full.clone()
+    assert moment.rows is not None
+    return moment.rows.T @ moment.rows
+
+
+@dataclass
+class NormalEquations:
+    """Sums of the two-teacher least-squares problem for modules that share one input (docs/DESIGN.md section 6).
+
+    Attributes:
+        moment: ``M (d_in, d_in)``, weighted second moment of the repaired model's inputs.
+        cross: per module ``T (d_out, d_in)``, weighted products of wanted output and input.
+
+    Both are as large as the base weight: the closed form needs every pair of inputs once. One group of modules is
+    held at a time.
+    """
+
+    moment: Tensor
+    cross: dict[str, Tensor]
+
+    @classmethod
+    def zeros(cls, d_in: int, d_outs: dict[str, int], device: torch.device) -> NormalEquations:
+        return cls(
+            torch.zeros(d_in, d_in, dtype=torch.float64, device=device),
+            {name: torch.zeros(d, d_in, dtype=torch.float64, device=device) for name, d in d_outs.items()},
+        )
+
+    def add(self, inputs: Tensor, wanted: dict[str, Tensor], weights: Tensor) -> None:
+        """Add tokens: ``inputs (n, d_in)``, ``wanted`` per module ``(n, d_out)`` = teacher minus base output, "
+        "``weights (n,)``."""
+        weighted = inputs * weights[:, None]
+        self.moment += (weighted.T @ inputs).double()
+        for name, target in wanted.items():
+            self.cross[name] += (target.T @ weighted).double()
+
+    def solve(self, tuned: dict[str, LowRank], *, ridge: float, seed: int) -> dict[str, tuple[LowRank, float]]:
+        """The best rank-r update of each module and its truncation error on the inputs seen.
+
+        ``dW'' = (T + e dW_t) (M + e I)^-1`` with ``e = ridge * mean diag M``, then the best rank-r factors under
+        ``|D M^(1/2)|``. With ``M = L L^T`` the singular vectors of ``D L = T L^-T`` give both without forming D.
+        """
+        epsilon = ridge * float(self.moment.diagonal().mean())
+        M = self.moment.clone()
+        M.diagonal().add_(epsilon)
+        root = torch.linalg.cholesky(M)
+        solved = {}
+        for name, T in self.cross.items():
+            t = tuned[name]
+            T = T + epsilon * t.scale * (t.B.to(T) @ t.A.to(T))
+            whitened = torch.linalg.solve_triangular(root, T.T, upper=False)
+            left, error = top_directions(whitened.T, t.rank, seed=seed)
+            A = torch.linalg.solve_triangular(root.T, whitened @ left, upper=True).T
+            solved[name] = (_balanced(A, left, t.scale), error)
+        return solved
+
+
+def top_directions(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, float]:
+    """The top ``rank`` left singular vectors ``(m, rank)`` of ``matrix (m, n)`` and ``|X - U U^T X| / |X|``.
+
+    Exact up to side 1024, subspace iteration with oversampling above. Missing directions are zero columns.
+    """
+    if min(matrix.shape) <= EXACT_SVD_SIDE:
+        left = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    else:
+        start = torch.randn(matrix.shape[1], rank + 16, generator=torch.Generator().manual_seed(seed))
+        basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        for _ in range(6):
+            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+        left = basis @ torch.linalg.svd(basis.T @ matrix, full_matrices=False).U[:, :rank]
+    if left.shape[1] < rank:
+        left = torch.cat([left, left.new_zeros(len(left), rank - left.shape[1])], dim=1)
+    total = float(matrix.square().sum())
+    kept = float((left.T @ matrix).square().sum())
+    return left, max(0.0, 1.0 - kept / total) ** 0.5 if total > 0.0 else 0.0
+
+
+def _balanced(A: Tensor, B: Tensor, scale: float) -> LowRank:
+    """``B A`` as an update of the given scale, each direction's size shared evenly by its row of A and column of B."""
+    size = A.norm(dim=1)
+    root = (size / abs(scale)).sqrt()
+    inverse = torch.where(size > 0.0, 1.0 / (root * scale), torch.zeros_like(size))
+    return LowRank((A * inverse[:, None]).float(), (B * root).float(), scale)

@@ -1,0 +1,167 @@
+"""Training and calibration data in the shapes people have it, as one small type: prompt tokens and answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError, PeftNLSRError
+
+ACCEPTED = (
+    "{'prompt', 'response'} or {'prompt', 'completion'} (text or chat messages), {'messages'}, {'text'}, tokenised "
+    "{'input_ids', 'labels'} rows or collated batches of them"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example.
+
+    Attributes:
+        prompt: token ids up to the point where the answer begins; empty for plain text.
+        answer: token ids of the answer, end-of-sequence included; empty when nobody has answered yet.
+        index: position of the row in the caller's data; -1 for examples made here.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    index: int = -1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.answer
+
+
+def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length: int, seed: int = 0) -> list[Example]:
+    """At most ``limit`` examples of ``data``, tokenised and cut to ``max_length`` tokens.
+
+    Args:
+        data: a list, ``datasets.Dataset``, data loader or other iterable of rows; see the error text for their forms.
+        tokenizer: its chat template is used when it has one; None is fine for data that are tokenised already.
+        limit: data with a length are sampled with ``seed``; of the others the first ``limit`` are taken.
+        max_length: longer examples are cut on the right.
+
+    Raises:
+        CalibrationError: no rows, no usable tokens, or a row of unknown form.
+    """
+    found: list[Example] = []
+    for index, row in _rows(data, limit, seed):
+        for example in _read_row(row, tokenizer, index):
+            cut = Example(
+                example.prompt[:max_length], example.answer[: max(0, max_length - len(example.prompt))], index
+            )
+            if cut.tokens:
+                found.append(cut)
+        if len(found) >= limit:
+            break
+    if not found:
+        raise CalibrationError(f"the data hold no examples with tokens; give an iterable of {ACCEPTED}")
+    return found[:limit]
+
+
+def _rows(data: Iterable[Any], limit: int, seed: int) -> Iterator[tuple[int, Any]]:
+    if isinstance(data, Mapping | str):
+        raise CalibrationError(f"the data are a single {type(data).__name__}; give an iterable of {ACCEPTED}")
+    if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
+        return ((i, data[i]) for i in order)  # type: ignore[index]
+    return ((i, row) for i, row in enumerate(islice(data, limit)))
+
+
+def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
+    if isinstance(row, Example):
+        yield row
+        return
+    if not isinstance(row, Mapping):
+        raise CalibrationError(f"row {index} is a {type(row).__name__}, expected one of {ACCEPTED}")
+    if "input_ids" in row:
+        yield from _read_tokens(row)
+        return
+    if tokenizer is None:
+        raise PeftNLSRError("text data need a tokenizer: pass tokenizer=... or give tokenised rows")
+    answer = next((row[key] for key in ("response", "completion", "chosen") if key in row), None)
+    if "messages" in row:
+        yield _from_chat(list(row["messages"]), tokenizer)
+    elif "prompt" in row:
+        yield _from_chat(_messages(row["prompt"], "user") + _messages(answer, "assistant"), tokenizer)
+    elif "text" in row:
+        yield Example((), tuple(tokenizer(row["text"])["input_ids"]))
+    else:
+        raise CalibrationError(f"row {index} has the keys {sorted(map(str, row))}, expected one of {ACCEPTED}")
+
+
+def _messages(content: Any, role: str) -> list[dict[str, str]]:
+    if content is None:
+        return []
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+
+
+def _from_chat(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+    """Prompt = everything before the last assistant turn; the answer is what the template adds for that turn."""
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    before = messages[:-1] if answered else messages
+    if not getattr(tokenizer, "chat_template", None):
+        prompt = "\n".join(m["content"] for m in before)
+        head = _without_end(tokenizer(prompt)["input_ids"], tokenizer)
+        tail = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] if answered else []
+        end = [tokenizer.eos_token_id] if answered and tokenizer.eos_token_id is not None else []
+        return Example(tuple(head), tuple(tail + end))
+    prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not answered:
+        return Example(tuple(head), ())
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    tail = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"] + (tokenizer.eos_token or "")
+    return Example(tuple(head), tuple(tokenizer(tail, add_special_tokens=False)["input_ids"]))
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+
+
+def _read_tokens(row: Mapping[str, Any]) -> Iterator[Example]:
+    """Tokenised rows and collated batches; the prompt is what comes before the first label that counts."""
+    ids = torch.as_tensor(row["input_ids"])
+    batch = ids.reshape(-1, ids.shape[-1]) if ids.ndim else ids.reshape(1, 1)
+    keep = torch.as_tensor(row.get("attention_mask", torch.ones_like(batch))).reshape(batch.shape).bool()
+    labels = torch.as_tensor(row.get("labels", batch)).reshape(batch.shape)
+    for tokens, kept, wanted in zip(batch, keep, labels, strict=True):
+        counted = (wanted[kept] != -100).nonzero()
+        start = int(counted[0]) if len(counted) else int(kept.sum())
+        ids_kept = tokens[kept].tolist()
+        yield Example(tuple(ids_kept[:start]), tuple(ids_kept[start:]))
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (answer tokens), each ``(n, longest)``."""
+    longest = max(len(e.tokens) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id)
+    mask = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full((len(examples), longest), -100)
+    for i, example in enumerate(examples):
+        tokens = torch.tensor(example.tokens)
+        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
+        labels[i, len(example.prompt) : len(tokens)] = tokens[len(example.prompt) :]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def token_weights(examples: Sequence[Example], decision_weight: float) -> Tensor:
+    """``(n, longest)``: 1 on every token, ``decision_weight`` on the last of each prompt, 0 on padding."""
+    weights = torch.zeros(len(examples), max(len(e.tokens) for e in examples))
+    for i, example in enumerate(examples):
+        weights[i, : len(example.tokens)] = 1.0
+        if example.prompt:
+            weights[i, len(example.prompt) - 1] = decision_weight
+    return weights
+
+
+def batches_of(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Batches of similar length, longest first, so that little is spent on padding."""
+    ordered = sorted(examples, key=lambda e: -len(e.tokens))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

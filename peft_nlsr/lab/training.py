@@ -1,0 +1,152 @@
+"""Small training loops on one model: language modelling with masked prompts, DPO, and a fresh LoRA adapter.
+
+Plain torch on `transformers` and `peft` models. Every loop is seeded by its caller and changes only trainable parameters.
+Batches are padded on the right without an attention mask: under causal attention no real token sees the padding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from .world import END, render
+
+IGNORED = -100
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One training text: its token ids and the labels, `IGNORED` where nothing is to be learned."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, and by how much a frozen model already prefers the first (in nats)."""
+
+    chosen: Tokens
+    rejected: Tokens
+    reference: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train: AdamW, linear warm-up over the first tenth, cosine decay to zero."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tokens]:
+    """Return texts to be learned in full."""
+    return [Tokens(ids, ids) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def encode_examples(tokenizer: PreTrainedTokenizerFast, examples: Sequence[dict[str, Any]]) -> list[Tokens]:
+    """Return chat turns of which only the response (and its end) is to be learned."""
+    prompts = tokenizer([render(example["prompt"]) for example in examples])["input_ids"]
+    responses = tokenizer([f"{example['response']} {END}" for example in examples])["input_ids"]
+    return [Tokens(p + r, [IGNORED] * len(p) + r) for p, r in zip(prompts, responses, strict=True)]
+
+
+def add_lora(model: nn.Module, *, rank: int, seed: int) -> PeftModel:
+    """Return `model` with a fresh trainable LoRA adapter on all seven kinds of linear layers, alpha = 2 rank."""
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def fit(
+    model: nn.Module,
+    data: Sequence[Any],
+    loss: Callable[[nn.Module, Sequence[Any]], Tensor],
+    *,
+    schedule: Schedule,
+    progress: Callable[[float], None],
+) -> None:
+    """Train the trainable parameters of `model` on `data` in place; `loss(model, batch)` says what to minimise."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
+    model.train()
+    for step, batch in enumerate(_batches(data, schedule), start=1):
+        optimizer.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress(step / schedule.steps)
+    model.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _batches(data: Sequence[Any], schedule: Schedule) -> Iterator[list[Any]]:
+    """Yield `steps` batches from reshuffled passes over the data."""
+    rng = random.Random(schedule.seed)
+    waiting: list[Any] = []
+    for _ in range(schedule.steps):
+        while len(waiting) < schedule.batch_size:
+            waiting.extend(rng.sample(data, len(data)))
+        batch, waiting = waiting[: schedule.batch_size], waiting[schedule.batch_size :]
+        yield batch
+
+
+def lm_loss(model: nn.Module, batch: Sequence[Tokens]) -> Tensor:
+    """Return the mean cross-entropy of the labelled tokens."""
+    ids, labels = _pad(batch)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def dpo_loss(model: nn.Module, batch: Sequence[Preference], *, beta: float) -> Tensor:
+    """Return the DPO loss (arXiv 2305.18290, eq. 7); larger `beta` stays closer to the reference."""
+    reference = torch.tensor([pair.reference for pair in batch])
+    return -F.logsigmoid(beta * (_margins(model, batch) - reference)).mean()
+
+
+@torch.no_grad()
+def with_reference(model: nn.Module, pairs: Sequence[Preference], *, batch_size: int = 128) -> list[Preference]:
+    """Return `pairs` with the preference of `model`, as it is now, filled in as their reference."""
+    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    margins = torch.cat([_margins(model, chunk) for chunk in chunks]).tolist()
+    return [Preference(pair.chosen, pair.rejected, margin) for pair, margin in zip(pairs, margins, strict=True)]
+
+
+def _margins(model: nn.Module, batch: Sequence[Preference]) -> Tensor:
+    """Return log p(chosen) - log p(rejected) of each pair, shape (pairs,)."""
+    ids, labels = _pad([pair.chosen for pair in batch] + [pair.rejected for pair in batch])
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(1)
+    chosen, rejected = losses.chunk(2)
+    return rejected - chosen
+
+
+def _pad(batch: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """Return ids and labels, both (texts, longest), padded on the right."""
+    longest = max(len(text.ids) for text in batch)
+    ids = torch.tensor([text.ids + [0] * (longest - len(text.ids)) for text in batch])
+    labels = torch.tensor([text.labels + [IGNORED] * (longest - len(text.labels)) for text in batch])
+    return ids, labels

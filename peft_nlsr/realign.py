@@ -1,0 +1,388 @@
+"""Realignment of a live model: plan, apply, revert, and all three in one call.
+
+Everything is computed and checked before the first parameter changes; a failure leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .adapters import Adapter, LiveAdapter, open_adapter
+from .blocks import Factors
+from .calibration import SafetyStatistics, collect_sequential, collect_statistics
+from .config import NLSRConfig
+from .edits import restore_one_shot
+from .errors import IncompatibleError, LineageError, PeftNLSRError
+from .examples import Example, batches_of, collate, read_examples
+from .generation import find_tokenizer
+from .judges import Judge, refuses
+from .lowrank import LowRank
+from .nlsr import build_nlsr_patch, decide, require_shared_lineage, restore
+from .patch import SafetyPatch
+from .record import ModuleRecord, Realignment, fingerprint, new_record
+from .reference import Reference, factor_similarity, read_reference, reference_for_masks
+from .screening import TeachingData, padding_of, prepare_data
+from .selection import Decision
+from .two_teacher import solve_two_teacher
+
+logger = logging.getLogger(__name__)
+
+RECORD_ATTRIBUTE = "nlsr_realignment"
+
+
+def nlsr_realign(
+    peft_model: Any,
+    config: NLSRConfig | None = None,
+    *,
+    patch: SafetyPatch | str | None = None,
+    reference: Any = None,
+    weak: Any = None,
+    calibration: Iterable[Any] | None = None,
+    utility: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    judge: Judge = refuses,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> Any:
+    """Restore the safety of a fine-tuned LoRA adapter and return the same model; the record is
+    ``model.nlsr_realignment``.
+
+    With nothing but the model, a causal language model whose tokenizer can be found: the two-teacher form, the base
+    model as safe teacher, built-in safety prompts; it says in the log what it chose and why.
+
+    Args:
+        peft_model: a PeftModel (or a model with injected adapters); one LoRA adapter is edited in place.
+        config: settings; ``NLSRConfig()`` when None.
+        patch: a SafetyPatch, its folder or Hub id: NLSR without data.
+        reference: a safe adapter: Reference, folder, Hub id or mapping. None is the base model.
+        weak: the adapter before preference alignment, for pre-amplification of ``reference``.
+        calibration: safety prompts, best with safe answers; rows as :func:`peft_nlsr.examples.read_examples` takes
+            them.
+        utility: the user's own training data (screened for what the safe teacher refuses).
+        tokenizer: found from the base model's name when None.
+        judge: ``(prompts, responses) -> list[bool]``, which answers are refusals.
+        adapter_name: which adapter; the active one when None.
+
+    Raises:
+        PeftNLSRError: see its subclasses; nothing has changed then.
+
+    Example:
+        >>> model = nlsr_realign(model, utility=train_dataset)  # doctest: +SKIP
+    """
+    planned = plan(
+        peft_model,
+        config,
+        patch=patch,
+        reference=reference,
+        weak=weak,
+        calibration=calibration,
+        utility=utility,
+        tokenizer=tokenizer,
+        judge=judge,
+        adapter_name=adapter_name,
+        progress=progress,
+    )
+    apply(peft_model, planned)
+    return peft_model
+
+
+def plan(
+    peft_model: Any,
+    config: NLSRConfig | None = None,
+    *,
+    patch: SafetyPatch | str | None = None,
+    reference: Any = None,
+    weak: Any = None,
+    calibration: Iterable[Any] | None = None,
+    utility: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    judge: Judge = refuses,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> Realignment:
+    """What :func:`nlsr_realign` would do, with the new updates in it; the model is not changed (dry run).
+
+    Arguments are those of :func:`nlsr_realign`.
+    """
+    adapter = LiveAdapter(peft_model, adapter_name)
+    _require_fresh(adapter)
+    config = config or NLSRConfig()
+    patch = SafetyPatch.from_pretrained(patch) if isinstance(patch, str) else patch
+    source = read_reference(reference, adapter)
+    data = _Data(calibration, utility, tokenizer, judge, progress)
+    method, reason = choose_method(adapter, config, patch=patch, reference=source)
+    logger.info("realigning %d modules by %s: %s", len(adapter), method, reason)
+    if method in ("sum", "swap"):
+        found = _plan_nlsr(adapter, replace(config, update=method), patch, source, _open(weak), data)
+    elif method == "one_shot":
+        found = _plan_one_shot(adapter, config, source, data)
+    else:
+        found = _plan_two_teacher(adapter, config, source, data)
+    for note in found.notes:
+        logger.warning(note)
+    return replace(found, method=method, reason=reason)
+
+
+def choose_method(
+    adapter: Adapter, config: NLSRConfig, *, patch: SafetyPatch | None, reference: Reference
+) -> tuple[str, str]:
+    """``sum``, ``swap``, ``one_shot`` or ``two_teacher``, and why, from the config and what is at hand.
+
+    Raises:
+        IncompatibleError: a patch for another adapter; LineageError: entries asked for, but the lineage is
+            independent.
+    """
+    if config.update == "least_squares":
+        return config.least_squares_form, "asked for by the configuration"
+    if patch is not None:
+        patch.require_fit(adapter)
+    if config.update in ("sum", "swap"):
+        if patch is None and reference.updates is not None:
+            require_shared_lineage(factor_similarity(adapter, reference.updates))
+        return config.update, "asked for by the configuration"
+    if patch is None:
+        return "two_teacher", f"no patch was given; the safe teacher is {reference.description}"
+    try:
+        decide(adapter, patch, config)
+    except LineageError:
+        return "two_teacher", "a patch was given, but the adapter was not trained from its reference"
+    return "sum", "a patch was given and the adapter was trained from its reference"
+
+
+class _Data:
+    """The caller's data and how to read them."""
+
+    def __init__(
+        self,
+        calibration: Iterable[Any] | None,
+        utility: Iterable[Any] | None,
+        tokenizer: Any,
+        judge: Judge,
+        progress: bool,
+    ) -> None:
+        self.calibration, self.utility = calibration, utility
+        self._tokenizer, self.judge, self.progress = tokenizer, judge, progress
+
+    def tokenizer(self, adapter: LiveAdapter) -> Any:
+        return self._tokenizer if self._tokenizer is not None else find_tokenizer(adapter.model)
+
+    def teaching(self, adapter: LiveAdapter, teacher: Factors, config: NLSRConfig) -> TeachingData:
+        return prepare_data(
+            adapter,
+            calibration=self.calibration,
+            utility=self.utility,
+            tokenizer=self.tokenizer(adapter),
+            safe_teacher=teacher,
+            judge=self.judge,
+            config=config,
+            progress=self.progress,
+        )
+
+
+def _plan_two_teacher(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, data: _Data) -> Realignment:
+    teaching = data.teaching(adapter, reference.updates, config)
+    solution = solve_two_teacher(
+        adapter,
+        safety=teaching.safety,
+        utility=teaching.utility,
+        safe_teacher=reference.updates,
+        config=config,
+        pad_id=padding_of(data.tokenizer(adapter)),
+        progress=data.progress,
+    )
+    notes = teaching.notes
+    if solution.left_alone:
+        notes += (
+            f"{len(solution.left_alone)} LoRA modules outside the model's blocks keep their update: "
+            f"{', '.join(solution.left_alone[:4])}",
+        )
+    decisions = [Decision(name, None, name in solution.updates) for name in adapter]
+    found = (solution.updates, solution.errors)
+    return _record(adapter, config, reference.description, decisions, found, teaching.record, notes)
+
+
+def _plan_one_shot(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, data: _Data) -> Realignment:
+    teaching = data.teaching(adapter, reference.updates, config)
+    if not teaching.utility:
+        raise PeftNLSRError("least_squares_form='one_shot' needs utility data, found none after screening")
+    padding = padding_of(data.tokenizer(adapter))
+    safety, utility = (
+        collect_statistics(adapter, _collated(examples, config, padding), moments=True, progress=data.progress)
+        for examples in (teaching.safety, teaching.utility)
+    )
+    updates: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    for name, tuned in adapter.snapshot().items():
+        mine, theirs = safety[name], utility[name]
+        assert mine.moment is not None and theirs.moment is not None
+        updates[name], errors[name] = restore_one_shot(
+            tuned,
+            None if reference.updates is None else reference.updates[name],
+            mine.moment.over(mine.tokens),
+            theirs.moment.over(theirs.tokens),
+            utility_weight=config.utility_weight,
+            ridge=config.ridge,
+        )
+    decisions = [Decision(name, None, True) for name in adapter]
+    found = (updates, errors)
+    return _record(adapter, config, reference.description, decisions, found, teaching.record, teaching.notes)
+
+
+def _plan_nlsr(
+    adapter: LiveAdapter,
+    config: NLSRConfig,
+    patch: SafetyPatch | None,
+    reference: Reference,
+    weak: Mapping[str, LowRank] | None,
+    data: _Data,
+) -> Realignment:
+    record: dict[str, Any] = {}
+    if patch is None:
+        patch, record = _build_patch(adapter, config, reference, weak, data)
+    patch.require_fit(adapter)
+    decisions = decide(adapter, patch, config)
+    updates: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    for decision in decisions:
+        if decision.restored:
+            tuned = adapter[decision.module]
+            updates[decision.module], errors[decision.module] = restore(tuned, patch[decision.module], config)
+    said = patch.record["reference"]["description"]
+    return _record(adapter, config, said, decisions, (updates, errors), record)
+
+
+def _build_patch(
+    adapter: LiveAdapter,
+    config: NLSRConfig,
+    reference: Reference,
+    weak: Mapping[str, LowRank] | None,
+    data: _Data,
+) -> tuple[SafetyPatch, dict[str, Any]]:
+    amplified = reference_for_masks(reference, weak, config)
+    if config.score in ("magnitude", "random"):
+        return build_nlsr_patch(amplified, None, config), {}
+    if data.calibration is None:
+        raise PeftNLSRError(
+            f"score={config.score!r} needs safety examples with answers: pass calibration=..., or a finished patch=..."
+        )
+    tokenizer = data.tokenizer(adapter)
+    examples = read_examples(
+        data.calibration, tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
+    )
+    statistics = calibrate(
+        adapter, _collated(examples, config, padding_of(tokenizer)), amplified, config, progress=data.progress
+    )
+    return build_nlsr_patch(amplified, statistics, config), {"safety": {"source": "given", "used": len(examples)}}
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    reference: Reference,
+    config: NLSRConfig,
+    *,
+    progress: bool = True,
+) -> SafetyStatistics:
+    """Statistics of a pre-amplified reference as the config asks: whose activations, which tokens, which order."""
+    if config.sequential:
+        return collect_sequential(model, batches, factors=reference.updates, config=config, progress=progress)
+    return collect_statistics(
+        model,
+        batches,
+        factors=reference.updates,
+        run_with_factors=config.calibration_model == "reference",
+        tokens=config.calibration_tokens,
+        gradients=config.score if config.score in ("snip", "preference_snip") else None,
+        progress=progress,
+    )
+
+
+def _collated(examples: list[Example], config: NLSRConfig, padding: int) -> list[dict[str, Any]]:
+    return [collate(batch, padding) for batch in batches_of(examples, config.nlsr_batch_size)]
+
+
+def _record(
+    adapter: LiveAdapter,
+    config: NLSRConfig,
+    reference: str,
+    decisions: list[Decision],
+    found: tuple[Mapping[str, LowRank], Mapping[str, float]],
+    data: dict[str, Any],
+    notes: tuple[str, ...] = (),
+) -> Realignment:
+    updates, errors = found
+    originals = adapter.snapshot()
+    modules = tuple(ModuleRecord.of(d, originals[d.module], updates.get(d.module), errors) for d in decisions)
+    return new_record(
+        adapter,
+        method="",
+        reason="",
+        config=config,
+        reference=reference,
+        modules=modules,
+        data=data,
+        notes=notes,
+        updates=updates,
+        originals=originals,
+    )
+
+
+def apply(peft_model: Any, planned: Realignment) -> Realignment:
+    """Write a planned realignment into the model it was planned for, all of it or nothing.
+
+    Raises:
+        IncompatibleError: the adapter has changed since it was planned.
+    """
+    adapter = LiveAdapter(peft_model, planned.adapter_name)
+    if fingerprint(adapter) != planned.fingerprint_before:
+        raise IncompatibleError(
+            f"adapter {planned.adapter_name!r} is not the one this realignment was planned for (its weights differ); "
+            "plan again"
+        )
+    adapter.write(planned.updates)
+    done = replace(planned, fingerprint_after=fingerprint(LiveAdapter(peft_model, planned.adapter_name)))
+    setattr(adapter.model, RECORD_ATTRIBUTE, done)
+    return done
+
+
+def revert(peft_model: Any) -> Any:
+    """Give the adapter back the weights it had before :func:`nlsr_realign`, bit for bit; returns the same model.
+
+    Raises:
+        PeftNLSRError: the model was not realigned, or was changed afterwards.
+    """
+    adapter = LiveAdapter(peft_model)
+    done: Realignment | None = getattr(adapter.model, RECORD_ATTRIBUTE, None)
+    if done is None:
+        raise PeftNLSRError(
+            "this model holds no realignment to revert; saved adapters are reverted with revert_folder"
+        )
+    adapter = LiveAdapter(peft_model, done.adapter_name)
+    if fingerprint(adapter) != done.fingerprint_after:
+        raise PeftNLSRError(
+            "the adapter's weights changed after the realignment, so its original no longer fits them; nothing was "
+            "reverted"
+        )
+    adapter.write(done.originals)
+    delattr(adapter.model, RECORD_ATTRIBUTE)
+    return peft_model
+
+
+def _require_fresh(adapter: LiveAdapter) -> None:
+    done: Realignment | None = getattr(adapter.model, RECORD_ATTRIBUTE, None)
+    if done is not None and done.adapter_name == adapter.info.adapter_name:
+        if fingerprint(adapter) == done.fingerprint_after:
+            raise PeftNLSRError(
+                f"adapter {done.adapter_name!r} is realigned already (by {done.method}); call revert(model) first to "
+                "realign "
+                "it in another way"
+            )
+
+
+def _open(weak: Any) -> Mapping[str, LowRank] | None:
+    if weak is None or isinstance(weak, Mapping):
+        return weak
+    return open_adapter(weak)

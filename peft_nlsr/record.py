@@ -1,0 +1,179 @@
+"""What a realignment did: the record that travels with the adapter, and the diff that undoes it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import platform
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .adapters import Adapter
+from .config import NLSRConfig
+from .lowrank import LowRank, add
+from .selection import Decision
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """What happened to one module.
+
+    Attributes:
+        module: its name.
+        restored: whether it was changed.
+        similarity: cosine of safety-critical parts of reference and adapter; None where the method uses none.
+        probability: chance of being restored, for random selections.
+        relative_change: ``|dW'' - dW_t| / |dW_t|``, before the cast to the stored dtype.
+        truncation_error: relative error of the cut to the adapter's rank, 0 when nothing was cut.
+    """
+
+    module: str
+    restored: bool
+    similarity: float | None
+    probability: float | None
+    relative_change: float
+    truncation_error: float
+
+    @classmethod
+    def of(
+        cls, decision: Decision, before: LowRank, after: LowRank | None, errors: Mapping[str, float]
+    ) -> ModuleRecord:
+        """The record of a decision and its edit."""
+        if after is None:
+            return cls(decision.module, False, decision.similarity, decision.probability, 0.0, 0.0)
+        size = before.norm()
+        difference = add([after, before.times(-1.0)]).norm()
+        change = difference / size if size > 0.0 else math.inf if difference > 0.0 else 0.0
+        error = errors.get(decision.module, 0.0)
+        return cls(decision.module, True, decision.similarity, decision.probability, change, error)
+
+
+@dataclass(frozen=True)
+class Realignment:
+    """A planned or applied realignment.
+
+    Attributes:
+        method: ``sum``, ``swap``, ``one_shot`` or ``two_teacher``.
+        reason: why this method, one clause.
+        config: the settings, preset included.
+        reference: where the safe behaviour comes from.
+        modules: one record per LoRA module.
+        data: counts, sources and screened row indices, JSON values.
+        notes: sentences that a user should read: what is not covered, what is doubtful.
+        versions: of Python and the packages.
+        fingerprint_before, fingerprint_after: SHA-256 of the adapter's factors; ``after`` is None while only planned.
+        updates: module -> new update; not part of the JSON record.
+        originals: module -> weights before, bit for bit; not part of the JSON record.
+    """
+
+    method: str
+    reason: str
+    config: NLSRConfig
+    base_model: str | None
+    adapter_name: str
+    reference: str
+    modules: tuple[ModuleRecord, ...]
+    data: dict[str, Any]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    fingerprint_before: str
+    fingerprint_after: str | None
+    updates: dict[str, LowRank] = field(repr=False, compare=False)
+    originals: dict[str, LowRank] = field(repr=False, compare=False)
+
+    @property
+    def restored(self) -> tuple[str, ...]:
+        """Names of the modules that were changed."""
+        return tuple(m.module for m in self.modules if m.restored)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON values; tensors are left out."""
+        plain = {k: getattr(self, k) for k in ("method", "reason", "base_model", "adapter_name", "reference", "data")}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **plain,
+            "preset": self.config.preset,
+            "modules": [asdict(m) for m in self.modules],
+            "notes": list(self.notes),
+            "versions": self.versions,
+            "fingerprint_before": self.fingerprint_before,
+            "fingerprint_after": self.fingerprint_after,
+        }
+
+    def summary(self) -> str:
+        """A few lines for people: what was chosen, why, how much changed and what to know."""
+        changes = [m.relative_change for m in self.modules if m.restored]
+        lines = [
+            f"{self.method} ({self.reason}); preset {self.config.preset}",
+            f"reference: {self.reference}",
+            f"{len(changes)} of {len(self.modules)} modules changed, median relative change "
+            f"{statistics.median(changes) if changes else 0.0:.3f}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def new_record(
+    adapter: Adapter,
+    *,
+    method: str,
+    reason: str,
+    config: NLSRConfig,
+    reference: str,
+    modules: tuple[ModuleRecord, ...],
+    data: dict[str, Any],
+    notes: tuple[str, ...] = (),
+    updates: Mapping[str, LowRank] | None = None,
+    originals: Mapping[str, LowRank] | None = None,
+) -> Realignment:
+    """A planned realignment of ``adapter`` as it is now, with a note on what it does not cover."""
+    outside = adapter.info.outside
+    if outside:
+        notes += (
+            f"{len(outside)} trained parameters outside LoRA's A and B are not realigned: {', '.join(outside[:4])}",
+        )
+    return Realignment(
+        method=method,
+        reason=reason,
+        config=config,
+        base_model=adapter.info.base_model,
+        adapter_name=adapter.info.adapter_name,
+        reference=reference,
+        modules=modules,
+        data=data,
+        notes=notes,
+        versions=versions(),
+        fingerprint_before=fingerprint(adapter),
+        fingerprint_after=None,
+        updates=dict(updates or {}),
+        originals=dict(originals or {}),
+    )
+
+
+def fingerprint(adapter: Mapping[str, LowRank]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all factors, the same for a live adapter and its saved file."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter):
+        update = adapter[name]
+        for factor, tensor in (("A", update.A), ("B", update.B)):
+            digest.update(f"{name}.{factor}:{tensor.dtype}:{tuple(tensor.shape)}:{update.scale!r};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter, for the record."""
+    names = ("peft_nlsr", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,223 @@
+"""Prepares the two kinds of data of the two-teacher form: what the safe teacher answers, and what it refuses.
+
+The user's data may contain the attack. Prompts that the safe teacher refuses leave the utility data and join the
+safety data with the teacher's own answer (docs/DESIGN.md section 6). Only indices and counts are ever reported, never
+texts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .adapters import LiveAdapter
+from .blocks import Factors, as_teacher, quiet
+from .config import NLSRConfig
+from .examples import Example, read_examples
+from .generation import generate_answers, pad_id
+from .judges import Judge
+from .prompts import REFUSALS, builtin_prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeachingData:
+    """Data of the two-teacher form and how it came about.
+
+    Attributes:
+        safety: prompts with the answers that the repaired model should give.
+        utility: the user's examples that stay.
+        record: JSON values for the report: sources, counts, shares and the screened row indices.
+        notes: sentences a user should read.
+    """
+
+    safety: list[Example]
+    utility: list[Example]
+    record: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def prepare_data(
+    adapter: LiveAdapter,
+    *,
+    calibration: Iterable[Any] | None,
+    utility: Iterable[Any] | None,
+    tokenizer: Any,
+    safe_teacher: Factors,
+    judge: Judge,
+    config: NLSRConfig,
+    progress: bool = True,
+) -> TeachingData:
+    """Read, answer and screen both kinds of data; built-in prompts stand in for what is not given.
+
+    Args:
+        calibration: safety prompts, with safe answers or without; unanswered ones are answered by the safe teacher.
+        utility: the user's own data; without it the built-in benign prompts are answered by the fine-tuned model.
+        safe_teacher: module -> update of the safe adapter, or None for the base model.
+        judge: which answers are refusals.
+    """
+    with quiet(adapter.model), torch.no_grad():
+        asking = _Asking(adapter, tokenizer, judge, config, progress)
+        safety, safety_record, notes = _safety(asking, calibration, safe_teacher)
+        if utility is None:
+            kept, utility_record, more = _stand_in(asking)
+            return TeachingData(safety, kept, safety_record | utility_record, notes + more)
+        rows = read_examples(
+            utility, tokenizer, limit=2 * config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
+        )
+        if not config.screening:
+            kept = rows[: config.max_samples]
+            return TeachingData(
+                safety, kept, safety_record | {"utility": {"source": "given", "used": len(kept)}}, notes
+            )
+        kept, refused, screened = _screen(asking, rows, safe_teacher)
+        return TeachingData(safety + refused, kept, safety_record | screened, notes + _screening_notes(screened))
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Everything needed to let a model answer prompts and have the answers judged."""
+
+    adapter: LiveAdapter
+    tokenizer: Any
+    judge: Judge
+    config: NLSRConfig
+    progress: bool
+
+    def answers(self, examples: Sequence[Example], what: str) -> list[Example]:
+        """The examples with the current model's own greedy answers."""
+        answers = generate_answers(
+            self.adapter.model,
+            self.tokenizer,
+            [e.prompt for e in examples],
+            max_new_tokens=self.config.answer_tokens,
+            batch_size=self.config.nlsr_batch_size,
+            progress=what if self.progress else None,
+        )
+        return [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
+
+    def refused(self, examples: Sequence[Example]) -> list[bool]:
+        """Which of the examples' answers are refusals."""
+        prompts = [self.tokenizer.decode(e.prompt, skip_special_tokens=True) for e in examples]
+        answers = [self.tokenizer.decode(e.answer, skip_special_tokens=True) for e in examples]
+        verdicts = list(self.judge(prompts, answers)) if examples else []
+        if len(verdicts) != len(examples):
+            raise ValueError(f"the judge returned {len(verdicts)} verdicts for {len(examples)} answers")
+        return [bool(v) for v in verdicts]
+
+
+def _safety(
+    asking: _Asking, calibration: Iterable[Any] | None, teacher: Factors
+) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
+    """Safety examples, all answered. A teacher that does not refuse its own prompts is replaced by a canned "
+    "refusal."""
+    config = asking.config
+    given = calibration is not None
+    source = calibration if calibration is not None else _rows("safety")
+    examples = read_examples(
+        source, asking.tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
+    )
+    answered = [e for e in examples if e.answer]
+    open_prompts = [e for e in examples if not e.answer]
+    notes: tuple[str, ...] = ()
+    refused = 0
+    if open_prompts:
+        with as_teacher(asking.adapter, teacher):
+            replies = asking.answers(open_prompts, "safe teacher answers safety prompts")
+        verdicts = asking.refused(replies)
+        refused = sum(verdicts)
+        canned = tuple(asking.tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + _end(asking.tokenizer)
+        answered += [r if ok else replace(r, answer=canned) for r, ok in zip(replies, verdicts, strict=True)]
+        if refused < len(replies) / 2:
+            notes = (
+                f"the safe teacher refused only {refused} of {len(replies)} safety prompts: it may not be safe "
+                "itself, and "
+                "then the repair is limited; give a reference that refuses, and check the judge's language",
+            )
+    record = {
+        "safety": {
+            "source": "given" if given else "built-in prompts",
+            "used": len(answered),
+            "asked_of_teacher": len(open_prompts),
+            "refused_by_teacher": refused,
+        }
+    }
+    return answered, record, notes
+
+
+def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
+    """Built-in benign prompts and look-alikes, answered by the fine-tuned model, in place of the user's data."""
+    config = asking.config
+    prompts = read_examples(
+        _rows("benign") + _rows("lookalike"),
+        asking.tokenizer,
+        limit=config.max_samples,
+        max_length=config.max_length,
+        seed=config.nlsr_seed,
+    )
+    replies = asking.answers(prompts, "fine-tuned model answers benign prompts")
+    note = (
+        "no utility data were given: the fine-tuned model's answers to built-in benign prompts stand in, so skills "
+        "that "
+        "such prompts do not show may be lost; pass utility=<your training data> to keep them"
+    )
+    return replies, {"utility": {"source": "built-in prompts", "used": len(replies)}}, (note,)
+
+
+def _screen(
+    asking: _Asking, rows: list[Example], teacher: Factors
+) -> tuple[list[Example], list[Example], dict[str, Any]]:
+    """The rows that stay, the refused ones with the teacher's answer, and the record."""
+    askable = [e for e in rows if e.prompt]
+    with as_teacher(asking.adapter, teacher):
+        replies = asking.answers(askable, "safe teacher reads the user's prompts")
+    refused = [r for r, verdict in zip(replies, asking.refused(replies), strict=True) if verdict]
+    gone = {id(e) for e, r in zip(askable, replies, strict=True) if any(r is x for x in refused)}
+    kept = [e for e in rows if id(e) not in gone][: asking.config.max_samples]
+    record = {
+        "source": "given",
+        "used": len(kept),
+        "screened": len(askable),
+        "unscreened_for_lack_of_a_prompt": len(rows) - len(askable),
+        "refused_by_teacher": len(refused),
+        "refused_rows": sorted(r.index for r in refused),
+    }
+    return kept, refused, {"utility": record}
+
+
+def _screening_notes(record: dict[str, Any]) -> tuple[str, ...]:
+    utility = record["utility"]
+    notes: list[str] = []
+    if utility["refused_by_teacher"]:
+        notes.append(
+            f"{utility['refused_by_teacher']} of {utility['screened']} of your prompts are refused by the safe "
+            "teacher; they "
+            "were used as safety data (row indices in the record)"
+        )
+    if utility["unscreened_for_lack_of_a_prompt"]:
+        notes.append(
+            f"{utility['unscreened_for_lack_of_a_prompt']} utility examples have no prompt to ask the safe teacher, "
+            "so "
+            "harmful ones among them were not found"
+        )
+    if not utility["used"]:
+        notes.append("the safe teacher refuses all utility prompts; only the ridge keeps the fine-tuned behaviour")
+    return tuple(notes)
+
+
+def _rows(kind: str) -> list[dict[str, str]]:
+    return [{"prompt": prompt.text} for prompt in builtin_prompts(kind, "calibration")]
+
+
+def _end(tokenizer: Any) -> tuple[int, ...]:
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The id to pad with; 0 without a tokenizer."""
+    return 0 if tokenizer is None else pad_id(tokenizer)
