@@ -169,11 +169,8 @@ class LiveAdapter(Adapter):
         keys = get_peft_model_state_dict(self.model, adapter_name=self._name, save_embedding_layers=False)
         pairs, outside = _pair_keys(keys, f"adapter {self._name}")
         if set(pairs) != set(self.layers):
-            _refuse(
-                "a model whose saved keys and LoRA layers differ",
-                ", ".join(sorted(set(pairs) ^ set(self.layers))),
-                _FILE_LEVEL,
-            )
+            where = ", ".join(sorted(set(pairs) ^ set(self.layers)))
+            _refuse("LoRA that PEFT would not save under its module's name", where, "Unwrap the modules around it")
         _check_outside(outside)
         return outside
 
@@ -219,14 +216,18 @@ class LiveAdapter(Adapter):
         ratios = {Fraction(update.rank, self._geometry(name)[0]) for name, update in updates.items()}
         if len(ratios) == 1 and len(updates) == len(self) and _divides(self.info.config, max(ratios)):
             return ratios.pop()
-        return Fraction(math.ceil(max(ratios, default=Fraction(1))))
+        return Fraction(math.ceil(max([*ratios, Fraction(1)])))
 
     def _fit(self, name: str, update: LowRank | None, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         A, B = (linear.weight for linear in self._linears(name))
         new = _fit(
-            name, update or self[name], _rank_and_scale(config, name), (A.dtype, B.dtype), (B.shape[0], A.shape[1])
+            name,
+            self[name] if update is None else update,
+            _rank_and_scale(config, name),
+            (A.dtype, B.dtype),
+            (B.shape[0], A.shape[1]),
         )
-        return new[0].to(A.device, copy=True), new[1].to(B.device, copy=True)
+        return new[0].to(A.device), new[1].to(B.device)
 
     def _adopt(self, config: dict[str, Any]) -> None:
         # A copy, because several adapters may share one config object (TRL's "default" and "ref" do).
@@ -285,15 +286,18 @@ class AdapterFolder(Adapter):
         output: str | os.PathLike[str],
         changed: Mapping[str, LowRank],
         *,
-        rank_multiple: int = 1,
+        rank_multiple: int | Fraction = 1,
         extra_files: Mapping[str, str] | None = None,
+        finish: Callable[[Path], None] | None = None,
     ) -> None:
         """Write a complete new adapter folder in which some modules have another update.
 
         Tensors are streamed; each module of ``changed`` is asked for exactly once, so it may compute on access. All
         other tensors and ``adapter_config.json`` are the same bytes as in the input, unless ``rank_multiple`` asks for
         every rank to be multiplied (the exact, uncompressed form). Text files beside the adapter (tokenizer, README)
-        are copied, except the record of an earlier realignment; ``extra_files`` (name to text) are written last.
+        are copied, except the record of an earlier realignment; ``extra_files`` (name to text) are written over them,
+        and ``finish`` gets the complete folder before it appears at ``output``. A ``rank_multiple`` below 1 undoes an
+        earlier growth; then ``changed`` must hold all modules.
 
         Raises:
             IncompatibleError: unknown module, wrong shape, or a rank that does not fit.
@@ -301,8 +305,8 @@ class AdapterFolder(Adapter):
             FileExistsError: ``output`` exists and is not an empty folder.
         """
         _require_known(changed, self)
-        if rank_multiple < 1:
-            raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}")
+        if not _divides(self.info.config, Fraction(rank_multiple)):
+            raise ValueError(f"rank_multiple {rank_multiple} gives a rank that is no whole number of at least 1")
         if self.path.resolve() in Path(output).resolve().parents:
             raise ValueError(
                 f"output {output} is inside the input {self.path}, which is never changed; choose another"
@@ -313,19 +317,25 @@ class AdapterFolder(Adapter):
             specs, stream = self._new_specs(rank_multiple), self._stream(changed, config)
             write_tensors(folder / WEIGHTS_FILE, specs, stream, self._file.metadata)
             _copy_text_files(self.path, folder)
-            if rank_multiple != 1:
-                _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True))
-            for name, text in (extra_files or {}).items():
-                _write_text(folder / _plain_name(name), text)
+            self._write_texts(folder, config, extra_files or {})
+            if finish is not None:
+                finish(folder)
 
         replace_folder(output, fill)
 
-    def _new_specs(self, rank_multiple: int) -> dict[str, Spec]:
+    def _write_texts(self, folder: Path, config: dict[str, Any], extra_files: Mapping[str, str]) -> None:
+        if config is not self.info.config:
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+        for name, text in extra_files.items():
+            (folder / _plain_name(name)).write_text(text, "utf-8")
+
+    def _new_specs(self, rank_multiple: int | Fraction) -> dict[str, Spec]:
         specs = {key: self._file.spec(key) for key in self._file}
         for a_key, b_key in self._modules.values():
             (a_dtype, (rank, d_in)), (b_dtype, (d_out, _)) = specs[a_key], specs[b_key]
-            specs[a_key] = a_dtype, (rank * rank_multiple, d_in)
-            specs[b_key] = b_dtype, (d_out, rank * rank_multiple)
+            new_rank = int(rank * rank_multiple)
+            specs[a_key] = a_dtype, (new_rank, d_in)
+            specs[b_key] = b_dtype, (d_out, new_rank)
         return specs
 
     def _stream(self, changed: Mapping[str, LowRank], config: Mapping[str, Any]) -> Callable[[str], Tensor]:
@@ -480,7 +490,7 @@ def _lookup(config: Mapping[str, Any], pattern_key: str, default_key: str, name:
 
 def _divides(config: Mapping[str, Any], factor: Fraction) -> bool:
     ranks = (config["r"], *(config.get("rank_pattern") or {}).values())
-    return all((rank * factor).denominator == 1 for rank in ranks)
+    return factor > 0 and all((rank * factor).denominator == 1 for rank in ranks)
 
 
 def _at_rank(config: dict[str, Any], factor: Fraction) -> dict[str, Any]:
@@ -519,7 +529,7 @@ def _fit(
     dtypes: tuple[torch.dtype, torch.dtype],
     shape: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """A and B of an update at a rank, scale and dtype, finite after the cast."""
+    """A and B of an update at a rank, scale and dtype, finite after the cast; new tensors, since ``pad`` copies."""
     rank, scale = rank_and_scale
     if update.shape != shape:
         raise IncompatibleError(f"update of {name} has shape {update.shape}, expected {shape}")
@@ -574,7 +584,7 @@ def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
     return {
         _base_name(name): module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
 
@@ -685,10 +695,6 @@ def _copy_text_files(source: Path, folder: Path) -> None:
             skipped.append(path.name)
     if skipped:
         logger.warning("not copied to the new adapter, being no text files: %s", ", ".join(skipped))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
 
 
 def _plain_name(name: str) -> str:

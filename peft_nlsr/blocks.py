@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import LiveAdapter
-from .errors import UnsupportedAdapterError
+from .errors import IncompatibleError, UnsupportedAdapterError
 from .lowrank import LowRank
 
 Factors = Mapping[str, LowRank] | None
@@ -91,7 +92,7 @@ def capture(
 
 def _forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
     try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}, use_cache=False)
     except _Stop:
         pass
 
@@ -116,7 +117,7 @@ def prove_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: dict[str, 
     """
     seen = capture(model, blocks, batch, keep=True)
     same = len(seen.inputs) == len(blocks)
-    mask = batch["attention_mask"].bool()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     for block, hidden, wanted, arguments in zip(blocks, seen.inputs, seen.inputs[1:], seen.arguments, strict=False):
         difference = (run_block(block, hidden, arguments) - wanted)[mask].norm()
         same = same and bool(difference <= 1e-2 * wanted[mask].norm())
@@ -207,16 +208,28 @@ def playing(adapter: LiveAdapter, names: Mapping[str, Any], factors: Factors) ->
             if factors is None:
                 layer.enable_adapters(False)
             else:
-                A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
+                weights: tuple[Any, Any] = (layer.lora_A[key].weight, layer.lora_B[key].weight)
                 update = factors[name]
-                A.data = update.A.to(A.data)
-                B.data = (update.B * (update.scale / layer.scaling[key])).to(B.data)
+                weights[0].data = update.A.to(weights[0].data)
+                weights[1].data = (update.B * (update.scale / layer.scaling[key])).to(weights[1].data)
         yield
     finally:
         for (_, layer), (a, b) in zip(layers, kept, strict=True):
             if factors is None:
                 layer.enable_adapters(True)
             layer.lora_A[key].weight.data, layer.lora_B[key].weight.data = a, b
+
+
+def require_active(adapter: LiveAdapter) -> None:
+    """Raise IncompatibleError unless the model computes with this adapter and with no other."""
+    name = adapter.info.adapter_name
+    for module, layer in adapter.layers.items():
+        active = [] if layer.disable_adapters else list(layer.active_adapters)
+        if active != [name]:
+            raise IncompatibleError(
+                f"the model computes with the adapters {active} in {module}, expected {name!r} alone; call "
+                f"model.set_adapter({name!r}), outside of disable_adapter()"
+            )
 
 
 @contextmanager

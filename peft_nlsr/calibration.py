@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import LiveAdapter
-from .blocks import Factors, capture, find_blocks, playing, prove_chain, quiet, run_block
+from .blocks import Factors, capture, find_blocks, playing, prove_chain, quiet, require_active, run_block
 from .config import NLSRConfig
 from .edits import masked
 from .errors import CalibrationError, CorruptFileError, IncompatibleError, UnsupportedAdapterError
 from .gradients import gradient_sums
 from .lowrank import LowRank
+from .reference import Reference
 from .scores import ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
 from .storage import TensorFile, write_tensors
 
@@ -216,6 +217,8 @@ class _TokenMask:
         if seq2seq:
             self.encoder = attended
             self.decoder = batch["decoder_attention_mask"].bool() if "decoder_attention_mask" in batch else answered
+            if self.decoder is None and "decoder_input_ids" in batch:
+                self.decoder = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
         else:
             self.decoder = attended & answered if self.tokens == "response" and answered is not None else attended
 
@@ -250,7 +253,7 @@ class _Pass:
     seen: set[str] = field(default_factory=set)
 
     @contextmanager
-    def hooks(self, layers: Mapping[str, nn.Module], encoder: nn.Module | None) -> Iterator[None]:
+    def hooks(self, layers: Mapping[str, Any], encoder: nn.Module | None) -> Iterator[None]:
         handles = [
             layer.register_forward_pre_hook(lambda _, args, name=name: self._note(name, args[0]))
             for name, layer in layers.items()
@@ -304,10 +307,12 @@ def collect_statistics(
 
     Raises:
         CalibrationError: no batches, or a module that saw no token.
+        IncompatibleError: the adapter is not the one that the model computes with.
     """
     if gradients not in (None, "snip", "preference_snip"):
         raise ValueError(f"gradients={gradients!r} is not one of None, snip, preference_snip")
     adapter = model if isinstance(model, LiveAdapter) else LiveAdapter(model, adapter_name)
+    require_active(adapter)
     used = adapter.snapshot() if factors is None else dict(factors)
     running = _Pass(
         {n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(tokens), moments, sketch_above, sketch_rows
@@ -342,6 +347,11 @@ def _one_batch(
     adapter: LiveAdapter, running: _Pass, batch: Mapping[str, Any], encoder: nn.Module | None, gradients: str | None
 ) -> int:
     device = next(adapter.model.parameters()).device
+    if gradients == "preference_snip" and not {"chosen", "rejected"} <= set(batch):
+        raise CalibrationError(
+            "gradients='preference_snip' needs batches {'chosen': batch, 'rejected': batch}, found the keys "
+            f"{', '.join(sorted(batch))}"
+        )
     plain = _on(batch["chosen"] if gradients == "preference_snip" else batch, device)
     running.mask.set(plain, encoder is not None)
     with running.hooks(adapter.layers, encoder), torch.no_grad():
@@ -379,6 +389,7 @@ def collect_sequential(
     if config.score not in ("low_rank", "wanda"):
         raise ValueError(f"sequential=True needs score low_rank or wanda, got {config.score!r}")
     adapter = model if isinstance(model, LiveAdapter) else LiveAdapter(model, adapter_name)
+    require_active(adapter)
     used = adapter.snapshot() if factors is None else dict(factors)
     running = _Pass({n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(config.calibration_tokens), False, 0, 0)
     names = {id(layer): name for name, layer in adapter.layers.items()}
@@ -411,3 +422,25 @@ def _reduced(update: LowRank, statistics: ModuleStatistics, config: NLSRConfig) 
         A, B = low_rank_factors(update, statistics.z_gram, rank_kept(update.rank, config))
         return LowRank(A, B, update.scale)
     return masked(update, safety_masks(update, statistics, config, generator=torch.Generator()))
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    reference: Reference,
+    config: NLSRConfig,
+    *,
+    progress: bool = True,
+) -> SafetyStatistics:
+    """Statistics of a pre-amplified reference as the config asks: whose activations, which tokens, which order."""
+    if config.sequential:
+        return collect_sequential(model, batches, factors=reference.updates, config=config, progress=progress)
+    return collect_statistics(
+        model,
+        batches,
+        factors=reference.updates,
+        run_with_factors=config.calibration_model == "reference",
+        tokens=config.calibration_tokens,
+        gradients=config.score if config.score in ("snip", "preference_snip") else None,
+        progress=progress,
+    )

@@ -165,7 +165,7 @@ class NLSRConfig:
         """Write ``nlsr_config.json`` into a folder (made when missing), keeping the record that may be in it."""
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        content = _read_object(path) if path.exists() else {}
         content["config"] = self.to_dict()
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -180,7 +180,20 @@ class NLSRConfig:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(str(source), CONFIG_NAME, revision=revision))
-        return cls.from_dict(json.loads(path.read_text("utf-8"))["config"])
+        content = _read_object(path)
+        if not isinstance(content.get("config"), dict):
+            raise ValueError(f"{path} holds no 'config' object, found the keys {', '.join(content) or '(none)'}")
+        return cls.from_dict(content["config"])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write it again with save_pretrained") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def _check(

@@ -17,9 +17,9 @@ EXACT_SVD_SIDE = 1024
 
 
 def masked(update: LowRank, masks: FactorPair, *, inside: bool = True) -> LowRank:
-    """The update whose factors are zero outside the masks (``inside=False``: zero inside them)."""
+    """The update whose factors are zero outside the masks (``inside=False``: zero inside them), on their device."""
     mask_a, mask_b = masks if inside else (~masks[0], ~masks[1])
-    return LowRank(update.A * mask_a, update.B * mask_b, update.scale)
+    return LowRank(update.A.to(mask_a.device) * mask_a, update.B.to(mask_b.device) * mask_b, update.scale)
 
 
 def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compress: bool) -> tuple[LowRank, float]:
@@ -46,10 +46,9 @@ def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compre
 def restore_swap(tuned: LowRank, safe_part: LowRank, masks: FactorPair) -> LowRank:
     """As released: inside the masks the reference's entries of A and of B, elsewhere the fine-tuned ones."""
     at_scale = safe_part.at_scale(tuned.scale)
+    A, B = tuned.A.to(masks[0].device), tuned.B.to(masks[1].device)
     return LowRank(
-        torch.where(masks[0], at_scale.A.to(tuned.A.dtype), tuned.A),
-        torch.where(masks[1], at_scale.B.to(tuned.B.dtype), tuned.B),
-        tuned.scale,
+        torch.where(masks[0], at_scale.A.to(A.dtype), A), torch.where(masks[1], at_scale.B.to(B.dtype), B), tuned.scale
     )
 
 
@@ -129,8 +128,7 @@ class NormalEquations:
         )
 
     def add(self, inputs: Tensor, wanted: dict[str, Tensor], weights: Tensor) -> None:
-        """Add tokens: ``inputs (n, d_in)``, ``wanted`` per module ``(n, d_out)`` = teacher minus base output, "
-        "``weights (n,)``."""
+        """Add tokens: ``inputs (n, d_in)``, ``weights (n,)``, ``wanted (n, d_out)`` per module: teacher minus base."""
         weighted = inputs * weights[:, None]
         self.moment += (weighted.T @ inputs).double()
         for name, target in wanted.items():

@@ -51,7 +51,7 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
     """
     found: list[Example] = []
     for index, row in _rows(data, limit, seed):
-        for example in _read_row(row, tokenizer, index):
+        for example in _examples_of(row, tokenizer, index):
             cut = Example(
                 example.prompt[:max_length], example.answer[: max(0, max_length - len(example.prompt))], index
             )
@@ -65,12 +65,22 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
 
 
 def _rows(data: Iterable[Any], limit: int, seed: int) -> Iterator[tuple[int, Any]]:
-    if isinstance(data, Mapping | str):
+    if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise CalibrationError(f"the data are a single {type(data).__name__}; give an iterable of {ACCEPTED}")
-    if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
-        return ((i, data[i]) for i in order)  # type: ignore[index]
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        sized: Any = data
+        order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(seed)).tolist()
+        return ((i, sized[i]) for i in order)
     return ((i, row) for i, row in enumerate(islice(data, limit)))
+
+
+def _examples_of(row: Any, tokenizer: Any, index: int) -> list[Example]:
+    try:
+        return list(_read_row(row, tokenizer, index))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(
+            f"row {index} cannot be read ({type(error).__name__}: {error}); expected one of {ACCEPTED}"
+        ) from error
 
 
 def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
@@ -111,13 +121,30 @@ def _from_chat(messages: list[dict[str, str]], tokenizer: Any) -> Example:
         tail = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] if answered else []
         end = [tokenizer.eos_token_id] if answered and tokenizer.eos_token_id is not None else []
         return Example(tuple(head), tuple(tail + end))
-    prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    prompt = _rendered(before, tokenizer, asking=True)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not answered:
         return Example(tuple(head), ())
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = _rendered(messages, tokenizer, asking=False)
     tail = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"] + (tokenizer.eos_token or "")
-    return Example(tuple(head), tuple(tokenizer(tail, add_special_tokens=False)["input_ids"]))
+    return Example(tuple(head), tuple(_continued(head, prompt, tail, tokenizer)))
+
+
+def _rendered(messages: list[dict[str, str]], tokenizer: Any, *, asking: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+
+
+def _continued(head: list[int], prompt: str, tail: str, tokenizer: Any) -> list[int]:
+    """Ids of ``tail`` as they follow ``prompt`` (ids ``head``) in one text; on its own where the two would merge."""
+    whole = tokenizer(prompt + tail, add_special_tokens=False)["input_ids"]
+    if whole[: len(head)] == head:
+        return list(whole[len(head) :])
+    return list(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -128,7 +155,7 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 def _read_tokens(row: Mapping[str, Any]) -> Iterator[Example]:
     """Tokenised rows and collated batches; the prompt is what comes before the first label that counts."""
     ids = torch.as_tensor(row["input_ids"])
-    batch = ids.reshape(-1, ids.shape[-1]) if ids.ndim else ids.reshape(1, 1)
+    batch = ids if ids.ndim == 2 else ids.reshape(1, -1)
     keep = torch.as_tensor(row.get("attention_mask", torch.ones_like(batch))).reshape(batch.shape).bool()
     labels = torch.as_tensor(row.get("labels", batch)).reshape(batch.shape)
     for tokens, kept, wanted in zip(batch, keep, labels, strict=True):
@@ -165,3 +192,8 @@ def batches_of(examples: Sequence[Example], size: int) -> list[list[Example]]:
     """Batches of similar length, longest first, so that little is spent on padding."""
     ordered = sorted(examples, key=lambda e: -len(e.tokens))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def collated(examples: Sequence[Example], size: int, pad_id: int) -> list[dict[str, Tensor]]:
+    """The examples as collated batches of at most ``size``, see :func:`collate`."""
+    return [collate(batch, pad_id) for batch in batches_of(examples, size)]

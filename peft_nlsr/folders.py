@@ -20,10 +20,10 @@ from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .lowrank import LowRank
 from .nlsr import decide, restore
-from .patch import SafetyPatch
+from .patch import SafetyPatch, read_json
 from .record import ModuleRecord, Realignment, fingerprint, new_record
 from .selection import Decision
-from .storage import TensorFile, write_tensors
+from .storage import Spec, TensorFile, write_tensors
 
 DIFF_NAME = "nlsr_diff.safetensors"
 
@@ -51,9 +51,11 @@ def realign_folder(
         IncompatibleError, LineageError: adapter and patch do not fit.
         CorruptFileError: truncated file, NaN or infinite values.
         FileExistsError: the output exists.
+        PeftNLSRError: the adapter is realigned already.
     """
     source = open_adapter(os.fspath(adapter))
     assert isinstance(source, AdapterFolder)
+    _require_fresh(source)
     patch = patch if isinstance(patch, SafetyPatch) else SafetyPatch.from_pretrained(patch)
     config = _file_config(config or NLSRConfig())
     patch.require_fit(source)
@@ -141,36 +143,46 @@ def _write_record(folder: Path, done: Realignment) -> None:
 
 
 def _write_diff(source: AdapterFolder, folder: Path, modules: list[str], *, with_config: bool) -> None:
-    """The original factors of the changed modules; a grown adapter also needs its original configuration back."""
+    """The original factors and scales of the changed modules, and for a grown adapter its original configuration."""
 
     def original(key: str) -> torch.Tensor:
         name, _, factor = key.rpartition(".")
         return source[name].A if factor == "A" else source[name].B
 
-    specs = {}
+    specs: dict[str, Spec] = {}
+    scales: dict[str, float] = {}
     for name in modules:
         update = source[name]
+        scales[name] = update.scale
         for factor, tensor in (("A", update.A), ("B", update.B)):
             specs[f"{name}.{factor}"] = (tensor.dtype, tuple(tensor.shape))
-    metadata = {"adapter_config": (source.path / CONFIG_FILE).read_text("utf-8")} if with_config else {}
+    metadata = {"scales": json.dumps(scales)}
+    if with_config:
+        metadata["adapter_config"] = (source.path / CONFIG_FILE).read_bytes().decode()
     write_tensors(folder / DIFF_NAME, specs, original, metadata)
 
 
 class _Originals(Mapping[str, LowRank]):
-    """The original updates stored in a diff."""
+    """The original updates stored in a diff, each read when asked for."""
 
-    def __init__(self, file: TensorFile, scales: Mapping[str, float]) -> None:
-        self._file, self._scales = file, scales
-        self._names = list(dict.fromkeys(key.rpartition(".")[0] for key in file.names))
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        try:
+            self._scales: dict[str, float] = dict(json.loads(file.metadata["scales"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{file.path} does not say what it holds; nothing was written") from error
+        differ = sorted({f"{name}.{factor}" for name in self._scales for factor in "AB"} ^ set(file.names))
+        if differ:
+            raise CorruptFileError(f"{file.path} lacks, or should not hold, {', '.join(differ)}; nothing was written")
 
     def __getitem__(self, module: str) -> LowRank:
         return LowRank(self._file[f"{module}.A"], self._file[f"{module}.B"], self._scales[module])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._scales)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._scales)
 
 
 def revert_folder(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -187,23 +199,40 @@ def revert_folder(folder: str | os.PathLike[str], output: str | os.PathLike[str]
             "written"
         )
     diff = TensorFile(realigned.path / DIFF_NAME)
-    originals = _Originals(diff, {name: realigned[name].scale for name in realigned})
-    config = (diff.metadata or {}).get("adapter_config")
+    originals = _Originals(diff)
+    config = diff.metadata.get("adapter_config")
     ranks = Fraction(1) if config is None else Fraction(1, 2)
 
     def finish(made: Path) -> None:
+        if config is not None:
+            (made / CONFIG_FILE).write_bytes(config.encode())
         if fingerprint(AdapterFolder(made)) != record["fingerprint_before"]:
             raise CorruptFileError(f"{DIFF_NAME} does not give back the original adapter; nothing was written")
 
-    extra = {} if config is None else {CONFIG_FILE: config}
-    realigned.save_as(output, originals, rank_multiple=ranks, extra_files=extra, finish=finish)
+    realigned.save_as(output, originals, rank_multiple=ranks, finish=finish)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     for name in (CONFIG_NAME, DIFF_NAME):
         if not (folder / name).is_file():
             raise PeftNLSRError(f"{folder} cannot be reverted: it has no {name}; realign with save_diff to get one")
-    record = json.loads((folder / CONFIG_NAME).read_text("utf-8")).get("record")
-    if not record or not record.get("fingerprint_after"):
+    record = _finished_record(folder)
+    if record is None:
         raise PeftNLSRError(f"{folder / CONFIG_NAME} holds no record of a realignment")
-    return dict(record)
+    return record
+
+
+def _finished_record(folder: Path) -> dict[str, Any] | None:
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    record = read_json(folder / CONFIG_NAME).get("record")
+    return record if isinstance(record, dict) and {"fingerprint_before", "fingerprint_after"} <= set(record) else None
+
+
+def _require_fresh(source: AdapterFolder) -> None:
+    record = _finished_record(source.path)
+    if record is not None and record["fingerprint_after"] == fingerprint(source):
+        raise PeftNLSRError(
+            f"{source.path} is realigned already; write its original with revert_folder (peft-nlsr revert) and "
+            "realign that in another way"
+        )

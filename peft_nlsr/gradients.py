@@ -30,11 +30,12 @@ def gradient_sums(adapter: LiveAdapter, batch: Mapping[str, Any], kind: str) -> 
             ``preference_snip``
             ``{"chosen": batch, "rejected": batch}``, ``L_k`` the DPO loss (beta 0.1) with the base model as reference.
 
-    One backward pass for the whole batch: ``dL_k/dA = sum_t dh_t x_t^T`` and ``dL_k/dB = sum_t dy_t h_t^T``.
+    One backward pass for the whole batch: ``dL_k/dA = sum_t dh_t x_t^T`` and ``dL_k/dB = sum_t dy_t h_t^T``. Modules
+    that did not run (routed experts) are left out.
     """
+    pairs = 1
     if kind == "preference_snip":
-        batch = _stack(batch["chosen"], batch["rejected"])
-    pairs = 2 if kind == "preference_snip" else 1
+        batch, pairs = _stack(batch["chosen"], batch["rejected"]), 2
     parameters = {n: _factors(adapter, n) for n in adapter.layers}
     flat = [p for pair in parameters.values() for p in pair]
     for parameter in adapter.model.parameters():
@@ -47,14 +48,15 @@ def gradient_sums(adapter: LiveAdapter, batch: Mapping[str, Any], kind: str) -> 
         torch.autograd.grad(loss, flat, allow_unused=True)
     return {
         name: (
-            _absolute(gradients[name, "lora_A"], inputs[name, "lora_A"], pairs),
-            _absolute(gradients[name, "lora_B"], inputs[name, "lora_B"], pairs),
+            _absolute(gradients[name, "lora_A"], inputs[name, "lora_A"], len(scores), pairs),
+            _absolute(gradients[name, "lora_B"], inputs[name, "lora_B"], len(scores), pairs),
         )
         for name in adapter.layers
+        if (name, "lora_A") in gradients
     }
 
 
-def _factors(adapter: LiveAdapter, name: str) -> tuple[Tensor, Tensor]:
+def _factors(adapter: LiveAdapter, name: str) -> tuple[Any, Any]:
     layer, key = adapter.layers[name], adapter.info.adapter_name
     return layer.lora_A[key].weight, layer.lora_B[key].weight
 
@@ -84,16 +86,18 @@ def _recorded(adapter: LiveAdapter) -> Iterator[tuple[dict[tuple[str, str], Tens
             handle.remove()
 
 
-def _absolute(gradient: Tensor, x: Tensor, pairs: int) -> Tensor:
-    per_sample = torch.einsum("bto,bti->boi", gradient.float(), x.float())
+def _absolute(gradient: Tensor, x: Tensor, rows: int, pairs: int) -> Tensor:
+    # Some models (OPT) flatten batch and tokens into one dimension.
+    gradient, x = (t.float().reshape(rows, -1, t.shape[-1]) for t in (gradient, x))
+    per_sample = torch.einsum("bto,bti->boi", gradient, x)
     samples = per_sample.unflatten(0, (pairs, -1)).sum(dim=0)
     return samples.abs().sum(dim=0).to("cpu", torch.float64)
 
 
 def _answer_log_likelihood(model: Any, batch: Mapping[str, Tensor], *, mean: bool) -> Tensor:
     """``(samples,)`` log-likelihood of each answer, summed or averaged over its tokens."""
-    if "labels" not in batch:
-        raise CalibrationError("gradient scores need labels in each batch (-100 outside the answer)")
+    if "labels" not in batch or batch["labels"].ndim != 2:
+        raise CalibrationError("gradient scores need labels for each token in each batch (-100 outside the answer)")
     logits = model(**{k: v for k, v in batch.items() if k != "labels"} | _decoder_inputs(model, batch)).logits
     labels = batch["labels"]
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -115,18 +119,15 @@ def _dpo_loss(adapter: LiveAdapter, batch: Mapping[str, Tensor], scores: Tensor)
 
 
 def _stack(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both batches in one, padded on the right to the same length; chosen first."""
-    missing = {"input_ids", "attention_mask", "labels"} - set(chosen) | {"input_ids"} - set(rejected)
+    """Both batches in one, each tensor padded on the right to the longer of the two; chosen first."""
+    missing = {"input_ids", "attention_mask", "labels"} - (set(chosen) & set(rejected))
     if missing:
         raise CalibrationError(f"preference batches lack {sorted(missing)} in chosen or rejected")
     fill = {"labels": -100}
-    longest = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
-    return {
-        key: torch.cat(
-            [
-                F.pad(part[key], (0, longest - part[key].shape[1]), value=fill.get(key, 0))
-                for part in (chosen, rejected)
-            ]
-        )
-        for key in ("input_ids", "attention_mask", "labels")
-    }
+
+    def stacked(key: str) -> Tensor:
+        pair = (chosen[key], rejected[key])
+        longest = max(part.shape[1] for part in pair)
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill.get(key, 0)) for part in pair])
+
+    return {key: stacked(key) for key in ("input_ids", "attention_mask", "labels")}

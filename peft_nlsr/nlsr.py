@@ -26,6 +26,8 @@ from .reference import SHARED_LINEAGE, Reference
 from .scores import ModuleStatistics, safety_masks
 from .selection import Decision, select
 
+UNCALIBRATED = ("magnitude", "random")
+
 
 def build_nlsr_patch(reference: Reference, statistics: SafetyStatistics | None, config: NLSRConfig) -> SafetyPatch:
     """The safety patch of a pre-amplified reference (NLSR eq. 3-6).
@@ -43,7 +45,7 @@ def build_nlsr_patch(reference: Reference, statistics: SafetyStatistics | None, 
         raise ValueError("a patch needs a reference adapter; the base model has no entries to mask")
     if statistics is not None:
         statistics.require_modules(reference.updates)
-    elif config.score not in ("magnitude", "random"):
+    elif config.score not in UNCALIBRATED:
         raise ValueError(f"score={config.score!r} needs calibration statistics; collect them with collect_statistics")
     generator = torch.Generator().manual_seed(config.nlsr_seed)
     modules: dict[str, ModulePatch] = {}

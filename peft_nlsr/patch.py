@@ -21,7 +21,7 @@ from .adapters import Adapter
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError
 from .lowrank import LowRank
 from .scores import FactorPair
-from .storage import TensorFile, require_finite, write_tensors
+from .storage import Spec, TensorFile, require_finite, write_tensors
 
 SCHEMA_VERSION = 1
 TENSORS_NAME = "safety_patch.safetensors"
@@ -100,14 +100,7 @@ class SafetyPatch(Mapping[str, ModulePatch]):
         """Write ``safety_patch.safetensors`` (bit-packed masks, values) and ``safety_patch.json`` into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name in self:
-            geometry = self.record["modules"][name]
-            (d_out, d_in), rank = geometry["shape"], geometry["rank"]
-            for factor, size in (("A", rank * d_in), ("B", d_out * rank)):
-                specs[f"{name}.mask_{factor}"] = (torch.uint8, (math.ceil(size / 8),))
-                specs[f"{name}.values_{factor}"] = (torch.float32, (geometry[f"kept_{factor}"],))
-        write_tensors(folder / TENSORS_NAME, specs, self._packed)
+        write_tensors(folder / TENSORS_NAME, _specs(self.record["modules"]), self._packed)
         text = json.dumps(self.record, indent=2, sort_keys=True) + "\n"
         (folder / RECORD_NAME).write_text(text, "utf-8")
 
@@ -129,12 +122,15 @@ class SafetyPatch(Mapping[str, ModulePatch]):
         for name in (RECORD_NAME, TENSORS_NAME):
             if not (folder / name).is_file():
                 raise PeftNLSRError(f"{folder} is no safety patch: it has no {name}; build one with build_nlsr_patch")
-        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        record = read_json(folder / RECORD_NAME)
         if record.get("schema_version") != SCHEMA_VERSION:
             raise CorruptFileError(
-                f"{RECORD_NAME} has schema {record.get('schema_version')}, this version reads {SCHEMA_VERSION}"
+                f"{folder / RECORD_NAME} has schema {record.get('schema_version')}, this version reads "
+                f"{SCHEMA_VERSION}; build the patch again, or use the version of peft_nlsr that wrote it"
             )
-        return cls(_StoredPatch(TensorFile(folder / TENSORS_NAME), record["modules"]), record)
+        file = TensorFile(folder / TENSORS_NAME)
+        _require_described(file, record, folder)
+        return cls(_StoredPatch(file, record["modules"]), record)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> SafetyPatch:
@@ -149,6 +145,50 @@ class SafetyPatch(Mapping[str, ModulePatch]):
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             raise PeftNLSRError(f"no safety patch at {source!r}: no such folder, and from the Hub: {error}") from error
         return cls.load(Path(files[0]).parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CorruptFileError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not JSON ({error}); download it again, or write it again") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _specs(modules: Mapping[str, Any]) -> dict[str, Spec]:
+    """The tensors of a patch, from the geometry of its modules."""
+    specs: dict[str, Spec] = {}
+    for name, geometry in modules.items():
+        (d_out, d_in), rank = geometry["shape"], geometry["rank"]
+        for factor, size in (("A", rank * d_in), ("B", d_out * rank)):
+            specs[f"{name}.mask_{factor}"] = (torch.uint8, (math.ceil(size / 8),))
+            specs[f"{name}.values_{factor}"] = (torch.float32, (geometry[f"kept_{factor}"],))
+    return specs
+
+
+def _require_described(file: TensorFile, record: Mapping[str, Any], folder: Path) -> None:
+    """Raise CorruptFileError unless the record describes a patch and the tensors are those it describes."""
+    try:
+        expected = _specs(record["modules"])
+        complete = bool(record["reference"]["description"]) and all("scale" in g for g in record["modules"].values())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        expected, complete = {}, False
+    if not complete:
+        raise CorruptFileError(f"{folder / RECORD_NAME} does not describe a safety patch; build the patch again")
+    found = {key: file.spec(key) for key in file}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        raise CorruptFileError(
+            f"{TENSORS_NAME} and {RECORD_NAME} in {folder} do not belong together: {len(wrong)} tensors differ, first "
+            f"{wrong[0]} (found {found.get(wrong[0])}, expected {expected.get(wrong[0])}); download both again"
+        )
 
 
 class _StoredPatch(Mapping[str, ModulePatch]):
@@ -175,9 +215,7 @@ class _StoredPatch(Mapping[str, ModulePatch]):
                 f"the patch of {module} marks {int(mask.sum())} entries of {factor} but stores {len(values)} values; "
                 "download or build it again"
             )
-        dense = torch.zeros(shape)
-        dense[mask] = values
-        return mask, dense
+        return mask, torch.zeros(shape).masked_scatter_(mask, values)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._geometry)

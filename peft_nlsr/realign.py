@@ -6,21 +6,26 @@ Everything is computed and checked before the first parameter changes; a failure
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
+from accelerate.utils import extract_model_from_parallel
+
 from .adapters import Adapter, LiveAdapter, open_adapter
 from .blocks import Factors
-from .calibration import SafetyStatistics, collect_sequential, collect_statistics
+from .calibration import calibrate, collect_statistics
 from .config import NLSRConfig
 from .edits import restore_one_shot
-from .errors import IncompatibleError, LineageError, PeftNLSRError
-from .examples import Example, batches_of, collate, read_examples
+from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
+from .examples import collated, read_examples
 from .generation import find_tokenizer
 from .judges import Judge, refuses
 from .lowrank import LowRank
-from .nlsr import build_nlsr_patch, decide, require_shared_lineage, restore
+from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore
 from .patch import SafetyPatch
 from .record import ModuleRecord, Realignment, fingerprint, new_record
 from .reference import Reference, factor_similarity, read_reference, reference_for_masks
@@ -31,13 +36,14 @@ from .two_teacher import solve_two_teacher
 logger = logging.getLogger(__name__)
 
 RECORD_ATTRIBUTE = "nlsr_realignment"
+_RECORDS = "_nlsr_realignments"  # adapter name -> its realignment, the latest last
 
 
 def nlsr_realign(
     peft_model: Any,
     config: NLSRConfig | None = None,
     *,
-    patch: SafetyPatch | str | None = None,
+    patch: SafetyPatch | str | os.PathLike[str] | None = None,
     reference: Any = None,
     weak: Any = None,
     calibration: Iterable[Any] | None = None,
@@ -93,7 +99,7 @@ def plan(
     peft_model: Any,
     config: NLSRConfig | None = None,
     *,
-    patch: SafetyPatch | str | None = None,
+    patch: SafetyPatch | str | os.PathLike[str] | None = None,
     reference: Any = None,
     weak: Any = None,
     calibration: Iterable[Any] | None = None,
@@ -107,23 +113,31 @@ def plan(
 
     Arguments are those of :func:`nlsr_realign`.
     """
+    if not isinstance(peft_model, torch.nn.Module):
+        raise UnsupportedAdapterError(
+            f"expected a model in memory, found a {type(peft_model).__name__}; load it with "
+            "PeftModel.from_pretrained, or realign its files with realign_folder and a patch"
+        )
     adapter = LiveAdapter(peft_model, adapter_name)
     _require_fresh(adapter)
     config = config or NLSRConfig()
-    patch = SafetyPatch.from_pretrained(patch) if isinstance(patch, str) else patch
+    patch = SafetyPatch.from_pretrained(patch) if isinstance(patch, str | os.PathLike) else patch
     source = read_reference(reference, adapter)
     data = _Data(calibration, utility, tokenizer, judge, progress)
     method, reason = choose_method(adapter, config, patch=patch, reference=source)
     logger.info("realigning %d modules by %s: %s", len(adapter), method, reason)
-    if method in ("sum", "swap"):
-        found = _plan_nlsr(adapter, replace(config, update=method), patch, source, _open(weak), data)
-    elif method == "one_shot":
-        found = _plan_one_shot(adapter, config, source, data)
-    else:
-        found = _plan_two_teacher(adapter, config, source, data)
-    for note in found.notes:
+    with _solvable():
+        if method in ("sum", "swap"):
+            found = _plan_nlsr(adapter, replace(config, update=method), patch, source, _open(weak), data)
+        elif method == "one_shot":
+            found = _plan_one_shot(adapter, config, source, data)
+        else:
+            found = _plan_two_teacher(adapter, config, source, data)
+    given = {"patch": patch, "reference": reference, "weak": weak, "calibration": calibration, "utility": utility}
+    notes = found.notes + _unused(method, config, {name for name, value in given.items() if value is not None})
+    for note in notes:
         logger.warning(note)
-    return replace(found, method=method, reason=reason)
+    return replace(found, method=method, reason=reason, notes=notes)
 
 
 def choose_method(
@@ -150,6 +164,29 @@ def choose_method(
     except LineageError:
         return "two_teacher", "a patch was given, but the adapter was not trained from its reference"
     return "sum", "a patch was given and the adapter was trained from its reference"
+
+
+@contextmanager
+def _solvable() -> Iterator[None]:
+    """Says in the model's terms why a matrix had no factorisation."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise PeftNLSRError(
+            "the model's activations on these data hold NaN or infinite values, so nothing was changed; check the "
+            "base model's weights, and load it in bfloat16 or float32 where float16 overflows"
+        ) from error
+
+
+def _unused(method: str, config: NLSRConfig, given: set[str]) -> tuple[str, ...]:
+    """A note on arguments that were given, but have no part in the method."""
+    if method in ("one_shot", "two_teacher"):
+        used = {"reference", "calibration", "utility"}
+    elif "patch" in given:
+        used = {"patch"}
+    else:
+        used = {"reference", "weak"} | ({"calibration"} if config.score not in UNCALIBRATED else set())
+    return (f"given, but not used by {method}: {', '.join(sorted(given - used))}",) if given - used else ()
 
 
 class _Data:
@@ -210,7 +247,9 @@ def _plan_one_shot(adapter: LiveAdapter, config: NLSRConfig, reference: Referenc
         raise PeftNLSRError("least_squares_form='one_shot' needs utility data, found none after screening")
     padding = padding_of(data.tokenizer(adapter))
     safety, utility = (
-        collect_statistics(adapter, _collated(examples, config, padding), moments=True, progress=data.progress)
+        collect_statistics(
+            adapter, collated(examples, config.nlsr_batch_size, padding), moments=True, progress=data.progress
+        )
         for examples in (teaching.safety, teaching.utility)
     )
     updates: dict[str, LowRank] = {}
@@ -244,25 +283,23 @@ def _plan_nlsr(
         patch, record = _build_patch(adapter, config, reference, weak, data)
     patch.require_fit(adapter)
     decisions = decide(adapter, patch, config)
+    tuned = adapter.snapshot()
     updates: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     for decision in decisions:
         if decision.restored:
-            tuned = adapter[decision.module]
-            updates[decision.module], errors[decision.module] = restore(tuned, patch[decision.module], config)
+            updates[decision.module], errors[decision.module] = restore(
+                tuned[decision.module], patch[decision.module], config
+            )
     said = patch.record["reference"]["description"]
     return _record(adapter, config, said, decisions, (updates, errors), record)
 
 
 def _build_patch(
-    adapter: LiveAdapter,
-    config: NLSRConfig,
-    reference: Reference,
-    weak: Mapping[str, LowRank] | None,
-    data: _Data,
+    adapter: LiveAdapter, config: NLSRConfig, reference: Reference, weak: Mapping[str, LowRank] | None, data: _Data
 ) -> tuple[SafetyPatch, dict[str, Any]]:
     amplified = reference_for_masks(reference, weak, config)
-    if config.score in ("magnitude", "random"):
+    if config.score in UNCALIBRATED:
         return build_nlsr_patch(amplified, None, config), {}
     if data.calibration is None:
         raise PeftNLSRError(
@@ -272,36 +309,9 @@ def _build_patch(
     examples = read_examples(
         data.calibration, tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
     )
-    statistics = calibrate(
-        adapter, _collated(examples, config, padding_of(tokenizer)), amplified, config, progress=data.progress
-    )
+    batches = collated(examples, config.nlsr_batch_size, padding_of(tokenizer))
+    statistics = calibrate(adapter, batches, amplified, config, progress=data.progress)
     return build_nlsr_patch(amplified, statistics, config), {"safety": {"source": "given", "used": len(examples)}}
-
-
-def calibrate(
-    model: Any,
-    batches: Iterable[Mapping[str, Any]],
-    reference: Reference,
-    config: NLSRConfig,
-    *,
-    progress: bool = True,
-) -> SafetyStatistics:
-    """Statistics of a pre-amplified reference as the config asks: whose activations, which tokens, which order."""
-    if config.sequential:
-        return collect_sequential(model, batches, factors=reference.updates, config=config, progress=progress)
-    return collect_statistics(
-        model,
-        batches,
-        factors=reference.updates,
-        run_with_factors=config.calibration_model == "reference",
-        tokens=config.calibration_tokens,
-        gradients=config.score if config.score in ("snip", "preference_snip") else None,
-        progress=progress,
-    )
-
-
-def _collated(examples: list[Example], config: NLSRConfig, padding: int) -> list[dict[str, Any]]:
-    return [collate(batch, padding) for batch in batches_of(examples, config.nlsr_batch_size)]
 
 
 def _record(
@@ -313,9 +323,9 @@ def _record(
     data: dict[str, Any],
     notes: tuple[str, ...] = (),
 ) -> Realignment:
-    updates, errors = found
     originals = adapter.snapshot()
-    modules = tuple(ModuleRecord.of(d, originals[d.module], updates.get(d.module), errors) for d in decisions)
+    updates = {name: _as_stored(update, originals[name]) for name, update in found[0].items()}
+    modules = tuple(ModuleRecord.of(d, originals[d.module], updates.get(d.module), found[1]) for d in decisions)
     return new_record(
         adapter,
         method="",
@@ -330,13 +340,21 @@ def _record(
     )
 
 
+def _as_stored(update: LowRank, original: LowRank) -> LowRank:
+    """The update on the CPU, in the original's precision but at least float32."""
+    dtype = torch.promote_types(original.A.dtype, torch.float32)
+    return LowRank(update.A.to("cpu", dtype), update.B.to("cpu", dtype), update.scale)
+
+
 def apply(peft_model: Any, planned: Realignment) -> Realignment:
     """Write a planned realignment into the model it was planned for, all of it or nothing.
 
     Raises:
-        IncompatibleError: the adapter has changed since it was planned.
+        IncompatibleError: the adapter has changed since it was planned, or the plan is a dry run on files.
     """
     adapter = LiveAdapter(peft_model, planned.adapter_name)
+    if set(planned.updates) != set(planned.restored):
+        raise IncompatibleError("this plan holds no updates (a dry run on files); make one with plan(model, ...)")
     if fingerprint(adapter) != planned.fingerprint_before:
         raise IncompatibleError(
             f"adapter {planned.adapter_name!r} is not the one this realignment was planned for (its weights differ); "
@@ -344,42 +362,62 @@ def apply(peft_model: Any, planned: Realignment) -> Realignment:
         )
     adapter.write(planned.updates)
     done = replace(planned, fingerprint_after=fingerprint(LiveAdapter(peft_model, planned.adapter_name)))
-    setattr(adapter.model, RECORD_ATTRIBUTE, done)
+    _keep(adapter.model, {**_records_but(adapter), planned.adapter_name: done})
     return done
 
 
-def revert(peft_model: Any) -> Any:
-    """Give the adapter back the weights it had before :func:`nlsr_realign`, bit for bit; returns the same model.
+def revert(peft_model: Any, adapter_name: str | None = None) -> Any:
+    """Give an adapter back the weights it had before :func:`nlsr_realign`, bit for bit; returns the same model.
+
+    Args:
+        peft_model: the realigned model.
+        adapter_name: which adapter; the one that was realigned last when None.
 
     Raises:
-        PeftNLSRError: the model was not realigned, or was changed afterwards.
+        PeftNLSRError: the adapter was not realigned, or was changed afterwards.
     """
-    adapter = LiveAdapter(peft_model)
-    done: Realignment | None = getattr(adapter.model, RECORD_ATTRIBUTE, None)
-    if done is None:
+    bare = extract_model_from_parallel(peft_model, keep_torch_compile=False)
+    records: dict[str, Realignment] = getattr(bare, _RECORDS, {})
+    name = adapter_name or next(reversed(records), None)
+    if name not in records:
+        of_whom = "this model" if name is None else f"adapter {name!r}"
         raise PeftNLSRError(
-            "this model holds no realignment to revert; saved adapters are reverted with revert_folder"
+            f"{of_whom} holds no realignment to revert; saved adapters are reverted with revert_folder"
         )
-    adapter = LiveAdapter(peft_model, done.adapter_name)
+    done = records[name]
+    adapter = LiveAdapter(peft_model, name)
     if fingerprint(adapter) != done.fingerprint_after:
         raise PeftNLSRError(
             "the adapter's weights changed after the realignment, so its original no longer fits them; nothing was "
             "reverted"
         )
     adapter.write(done.originals)
-    delattr(adapter.model, RECORD_ATTRIBUTE)
+    _keep(adapter.model, _records_but(adapter))
     return peft_model
 
 
+def _records_but(adapter: LiveAdapter) -> dict[str, Realignment]:
+    """The realignments of the model's other adapters."""
+    records: dict[str, Realignment] = getattr(adapter.model, _RECORDS, {})
+    return {name: done for name, done in records.items() if name != adapter.info.adapter_name}
+
+
+def _keep(model: Any, records: dict[str, Realignment]) -> None:
+    if records:
+        setattr(model, _RECORDS, records)
+        setattr(model, RECORD_ATTRIBUTE, records[next(reversed(records))])
+    else:
+        delattr(model, _RECORDS)
+        delattr(model, RECORD_ATTRIBUTE)
+
+
 def _require_fresh(adapter: LiveAdapter) -> None:
-    done: Realignment | None = getattr(adapter.model, RECORD_ATTRIBUTE, None)
-    if done is not None and done.adapter_name == adapter.info.adapter_name:
-        if fingerprint(adapter) == done.fingerprint_after:
-            raise PeftNLSRError(
-                f"adapter {done.adapter_name!r} is realigned already (by {done.method}); call revert(model) first to "
-                "realign "
-                "it in another way"
-            )
+    done: Realignment | None = getattr(adapter.model, _RECORDS, {}).get(adapter.info.adapter_name)
+    if done is not None and fingerprint(adapter) == done.fingerprint_after:
+        raise PeftNLSRError(
+            f"adapter {done.adapter_name!r} is realigned already (by {done.method}); call revert(model) first to "
+            "realign it in another way"
+        )
 
 
 def _open(weak: Any) -> Mapping[str, LowRank] | None:

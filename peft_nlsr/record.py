@@ -15,7 +15,7 @@ import torch
 
 from .adapters import Adapter
 from .config import NLSRConfig
-from .lowrank import LowRank, add
+from .lowrank import LowRank
 from .selection import Decision
 
 SCHEMA_VERSION = 1
@@ -30,7 +30,7 @@ class ModuleRecord:
         restored: whether it was changed.
         similarity: cosine of safety-critical parts of reference and adapter; None where the method uses none.
         probability: chance of being restored, for random selections.
-        relative_change: ``|dW'' - dW_t| / |dW_t|``, before the cast to the stored dtype.
+        relative_change: ``|dW'' - dW_t| / |dW_t|``, before the cast to the stored dtype; None when ``dW_t`` is zero.
         truncation_error: relative error of the cut to the adapter's rank, 0 when nothing was cut.
     """
 
@@ -38,7 +38,7 @@ class ModuleRecord:
     restored: bool
     similarity: float | None
     probability: float | None
-    relative_change: float
+    relative_change: float | None
     truncation_error: float
 
     @classmethod
@@ -49,8 +49,8 @@ class ModuleRecord:
         if after is None:
             return cls(decision.module, False, decision.similarity, decision.probability, 0.0, 0.0)
         size = before.norm()
-        difference = add([after, before.times(-1.0)]).norm()
-        change = difference / size if size > 0.0 else math.inf if difference > 0.0 else 0.0
+        difference = math.sqrt(max(after.inner(after) - 2.0 * after.inner(before) + size**2, 0.0))
+        change = difference / size if size > 0.0 else None
         error = errors.get(decision.module, 0.0)
         return cls(decision.module, True, decision.similarity, decision.probability, change, error)
 
@@ -109,11 +109,11 @@ class Realignment:
 
     def summary(self) -> str:
         """A few lines for people: what was chosen, why, how much changed and what to know."""
-        changes = [m.relative_change for m in self.modules if m.restored]
+        changes = [m.relative_change for m in self.modules if m.restored and m.relative_change is not None]
         lines = [
             f"{self.method} ({self.reason}); preset {self.config.preset}",
             f"reference: {self.reference}",
-            f"{len(changes)} of {len(self.modules)} modules changed, median relative change "
+            f"{len(self.restored)} of {len(self.modules)} modules changed, median relative change "
             f"{statistics.median(changes) if changes else 0.0:.3f}",
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -81,8 +81,7 @@ def require_same_modules(adapter: Mapping[str, LowRank], reference: Mapping[str,
 
 
 def starting_point(adapter: Adapter) -> Reference:
-    """The adapter as it is now, as the reference of what it will become; the base model when its update is still "
-    "zero."""
+    """The adapter as it is now, as the reference of what it will become; the base model while its update is zero."""
     updates = {name: LowRank(u.A.detach().clone(), u.B.detach().clone(), u.scale) for name, u in adapter.items()}
     if not any(bool(u.B.any()) for u in updates.values()):
         return BASE_REFERENCE
@@ -133,7 +132,7 @@ def extrapolate(
             found[name], errors[name] = amplified.at_scale(update.scale), 0.0
         else:
             total, errors[name] = add([amplified, weak[name].times(-beta)]).truncate(update.rank)
-            found[name] = align_gauge(total, update).at_scale(update.scale)
+            found[name] = align_gauge(total.at_scale(update.scale), update)
     return found, errors
 
 
@@ -158,7 +157,8 @@ def factor_similarity(adapter: Mapping[str, LowRank], reference: Mapping[str, Lo
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(one.float().flatten(), other.float().flatten(), dim=0))
+    one, other = one.float().flatten(), other.float().flatten().to(one.device)
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
 
 def reference_for_masks(reference: Reference, weak: Mapping[str, LowRank] | None, config: NLSRConfig) -> Reference:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .adapters import LiveAdapter
-from .blocks import Factors, as_teacher, quiet
+from .blocks import Factors, as_teacher, quiet, require_active
 from .config import NLSRConfig
 from .examples import Example, read_examples
 from .generation import generate_answers, pad_id
@@ -60,7 +60,12 @@ def prepare_data(
         utility: the user's own data; without it the built-in benign prompts are answered by the fine-tuned model.
         safe_teacher: module -> update of the safe adapter, or None for the base model.
         judge: which answers are refusals.
+
+    Raises:
+        IncompatibleError: the model does not compute with this adapter alone.
+        ValueError: the judge did not give one verdict per answer.
     """
+    require_active(adapter)
     with quiet(adapter.model), torch.no_grad():
         asking = _Asking(adapter, tokenizer, judge, config, progress)
         safety, safety_record, notes = _safety(asking, calibration, safe_teacher)
@@ -77,6 +82,24 @@ def prepare_data(
             )
         kept, refused, screened = _screen(asking, rows, safe_teacher)
         return TeachingData(safety + refused, kept, safety_record | screened, notes + _screening_notes(screened))
+
+
+def answer_safety_prompts(
+    adapter: LiveAdapter,
+    *,
+    calibration: Iterable[Any] | None,
+    tokenizer: Any,
+    judge: Judge,
+    config: NLSRConfig,
+    progress: bool = True,
+) -> TeachingData:
+    """Safety data for a safe adapter, which is its own teacher: given or built-in prompts, answered by it where
+    needed."""
+    require_active(adapter)
+    with quiet(adapter.model), torch.no_grad():
+        asking = _Asking(adapter, tokenizer, judge, config, progress)
+        safety, record, notes = _safety(asking, calibration, adapter.snapshot())
+    return TeachingData(safety, [], record, notes)
 
 
 @dataclass(frozen=True)
@@ -114,8 +137,7 @@ class _Asking:
 def _safety(
     asking: _Asking, calibration: Iterable[Any] | None, teacher: Factors
 ) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
-    """Safety examples, all answered. A teacher that does not refuse its own prompts is replaced by a canned "
-    "refusal."""
+    """Safety examples, all answered; where the teacher does not refuse, a canned refusal replaces its answer."""
     config = asking.config
     given = calibration is not None
     source = calibration if calibration is not None else _rows("safety")
@@ -185,7 +207,7 @@ def _screen(
         "screened": len(askable),
         "unscreened_for_lack_of_a_prompt": len(rows) - len(askable),
         "refused_by_teacher": len(refused),
-        "refused_rows": sorted(r.index for r in refused),
+        "refused_rows": sorted({r.index for r in refused}),
     }
     return kept, refused, {"utility": record}
 

@@ -81,7 +81,7 @@ def _least_similar(similarity: torch.Tensor, config: NLSRConfig) -> _Outcome:
 
 
 def _bernoulli(similarity: torch.Tensor, config: NLSRConfig) -> _Outcome:
-    ranks = _rank(similarity) + 1
+    ranks = _rank(similarity).double() + 1
     left_alone = (config.prune_probability + config.prune_increment * ranks / len(ranks)).clamp(0.0, 1.0)
     return _draw(left_alone, config) == 0, 1.0 - left_alone
 
@@ -90,7 +90,7 @@ def _bernoulli_released(similarity: torch.Tensor, config: NLSRConfig) -> _Outcom
     """The release restores where its draw is 1, with a probability that rises with similarity."""
     spread = max(len(similarity) - 1, 1)
     low = config.prune_probability - config.prune_increment
-    chance = (low + _rank(similarity) / spread * 2 * config.prune_increment).clamp(0.0, 1.0)
+    chance = (low + _rank(similarity).double() / spread * 2 * config.prune_increment).clamp(0.0, 1.0)
     return _draw(chance, config) == 1, chance
 
 

@@ -135,6 +135,7 @@ def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None])
         for path in temporary.rglob("*"):
             if path.is_file():
                 _sync(path)
+        # Only POSIX renames onto an empty folder.
         if output.exists():
             output.rmdir()
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from .blocks import (
     playing,
     prove_chain,
     quiet,
+    require_active,
     run_block,
     run_until,
 )
@@ -47,7 +49,7 @@ class TwoTeacherSolution:
     """What the closed form found.
 
     Attributes:
-        updates: module -> repaired update, rank and scale of the adapter.
+        updates: module -> repaired update, rank and scale of the adapter, on the CPU.
         errors: module -> relative error of the cut to the adapter's rank, on the calibration inputs.
         left_alone: LoRA modules outside the chain of blocks, which keep their fine-tuned update.
     """
@@ -90,11 +92,14 @@ def solve_two_teacher(
     Raises:
         CalibrationError: no safety data.
         UnsupportedAdapterError: the model's blocks cannot be run one by one.
+        IncompatibleError: the adapter is not the one that the model computes with.
     """
     if not safety:
         raise CalibrationError("the two-teacher form needs safety examples, found none; pass calibration=...")
+    require_active(adapter)
     blocks = find_blocks(adapter)
     tuned = adapter.snapshot()
+    safe_teacher = None if safe_teacher is None else dict(safe_teacher)  # read once, also from a file
     with quiet(adapter.model), torch.no_grad():
         streams = [_open(adapter, blocks, safety, safe_teacher, 1.0, config, pad_id)]
         if utility and config.utility_weight > 0.0:
@@ -122,7 +127,7 @@ def _solve_blocks(
                 sums = _accumulate(adapter, block, index, group, current, streams)
                 for name, (update, error) in sums.solve(tuned, ridge=config.ridge, seed=config.nlsr_seed).items():
                     current[name], errors[name] = update, error
-        updates.update(current)
+        updates.update({name: LowRank(u.A.cpu(), u.B.cpu(), u.scale) for name, u in current.items()})
         _advance(adapter, block, index, current, streams)
     return TwoTeacherSolution(updates, errors, tuple(name for name in tuned if name not in updates))
 
@@ -163,7 +168,7 @@ def _accumulate(
     streams: list[_Stream],
 ) -> NormalEquations:
     """The normal equations of one group of modules, over all batches of all streams."""
-    layers: dict[str, nn.Module] = {name: adapter.layers[name] for name in group}
+    layers: dict[str, Any] = {name: adapter.layers[name] for name in group}
     sums: NormalEquations | None = None
     for stream in streams:
         for seen, weights, taught, repaired in zip(

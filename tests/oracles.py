@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +19,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+Row = tuple[Sequence[int], Sequence[int]]
+"""Tokens of a prompt and of its answer."""
 Draw = Callable[[Tensor], Tensor]
 Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
 """Module name -> (A, B, s); the order is the module order of ranks and draws."""
 ReducedAdapter = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A_hat, B_hat), the low-rank-reduced factors of the reference, from which masks are cut."""
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""The modules of a Llama block in data order; those of one group read the same input."""
+Groups = Sequence[Sequence[str]]
+"""Ends of module names of one block in data order; the modules of a group read the same input."""
+
+GROUPS: Groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Those of a Llama block."""
 
 
 def as_double(values: Any) -> Tensor:
@@ -241,6 +246,12 @@ def truncate_on_inputs(D, M, rank: int) -> Tensor:
     return left[:, :rank] @ left[:, :rank].T @ D
 
 
+def norm_on_inputs(D, M) -> float:
+    """`|D M^(1/2)|`: how large an update is on inputs of second moment `M (d_in, d_in)`."""
+    D = as_double(D)
+    return float(torch.trace(D @ as_double(M) @ D.T).clamp_min(0).sqrt())
+
+
 def factors_of(D, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """`(A, B)` of exactly `rank` with `scale B A = D`, for a `D` of at most that rank."""
     D = as_double(D)
@@ -289,36 +300,41 @@ def two_teacher_model_oracle(
     weights: tuple[Tensor, Tensor],
     lam: float,
     eps: float,
+    *,
+    safe: PeftModel | None = None,
+    groups: Groups = GROUPS,
 ) -> dict[str, Tensor]:
     """Module name -> dense `dW''` of rank at most the adapter's, solved block by block in data order (DESIGN 6).
 
-    Three models run in full for every group of modules: the partly repaired one (on both batches), the same with its
-    adapter disabled (safe teacher, on the safety batch) and the fine-tuned one as it came (on the utility batch).
+    Three models run in full for every group of modules: the partly repaired one (on both batches), the safe teacher
+    (on the safety batch) and the fine-tuned one as it came (on the utility batch).
 
     Args:
-        model: a Llama with LoRA on linear layers of its blocks; it is not changed.
+        model: a decoder with LoRA on linear layers of its blocks; it is not changed.
         safety_batch: keyword arguments of the forward, `input_ids` and `attention_mask`.
         utility_batch: likewise.
         weights: token weights `(batch, time)` of the safety and of the utility batch, 0 on padding.
+        safe: the safe teacher, LoRA of any rank on the same base; None is the base, with the adapter disabled.
+        groups: which modules a block has, and their order.
     """
     w_s, w_u = weights
     tuned = float64_copy(model, adapter_name)
     repaired = float64_copy(model, adapter_name)
+    safe = zeroed_copy(model, adapter_name) if safe is None else float64_copy(safe, adapter_name)
     solution = {}
-    for group in in_data_order(lora_layers(repaired, adapter_name)):
+    for group in in_data_order(lora_layers(repaired, adapter_name), groups):
         x_s = inputs_of_group(repaired, group, safety_batch, w_s > 0)
         x_u = inputs_of_group(repaired, group, utility_batch, w_u > 0)
-        with repaired.disable_adapter():
-            xteacher_s = inputs_of_group(repaired, group, safety_batch, w_s > 0)
+        xteacher_s = inputs_of_group(safe, group, safety_batch, w_s > 0)
         xtuned_u = inputs_of_group(tuned, group, utility_batch, w_u > 0)
         for name in group:
-            layer = lora_layers(repaired, adapter_name)[name]
-            base = layer.get_base_layer().weight
+            base = base_weight(lora_layers(repaired, adapter_name)[name])
+            A_s, B_s, safe_scale = factors(lora_layers(safe, adapter_name)[name], adapter_name)
             A_t, B_t, scale = factors(lora_layers(tuned, adapter_name)[name], adapter_name)
             _, _, solution[name] = two_teacher_module_dense(
                 W0=base,
-                Ws=base,
-                Wf=as_double(base) + scale * B_t @ A_t,
+                Ws=base + safe_scale * B_s @ A_s,
+                Wf=base + scale * B_t @ A_t,
                 x_s=x_s[name],
                 xteacher_s=xteacher_s[name],
                 w_s=w_s[w_s > 0],
@@ -472,6 +488,23 @@ def module_inputs(
     return recorded_inputs(model, lora_layers(model, adapter_name), batches, kept_positions)
 
 
+def zeroed_copy(model: PeftModel, adapter_name: str) -> PeftModel:
+    """A float64 copy that computes like its base: its adapter is there, with factors of zero."""
+    model = float64_copy(model, adapter_name)
+    for layer in lora_layers(model, adapter_name).values():
+        A, B, _ = factors(layer, adapter_name)
+        write_factors(layer, adapter_name, 0 * A, 0 * B)
+    return model
+
+
+@torch.no_grad()
+def base_weight(layer: LoraLayer) -> Tensor:
+    """`W0 (d_out, d_in)` of whatever a LoRA layer wraps: what its base answers to unit vectors, without the bias."""
+    base = layer.get_base_layer()
+    unit = torch.eye(layer.in_features, dtype=torch.float64)
+    return (base(unit) - base(0 * unit)).T
+
+
 def float64_copy(model: PeftModel, adapter_name: str) -> PeftModel:
     """A float64 copy in evaluation mode with one active adapter."""
     model = copy.deepcopy(model).double().eval()
@@ -490,19 +523,19 @@ def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
 
 def block_index(name: str) -> int:
     """The number of the decoder block that a module is in."""
-    return int(re.search(r"(?:^|\.)layers\.(\d+)\.", name).group(1))
+    return int(re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name).group(1))
 
 
-def in_data_order(names: Iterable[str]) -> list[list[str]]:
-    """Module names in groups: block after block, in a block q, k, v, then o, then gate, up, then down."""
+def in_data_order(names: Iterable[str], groups: Groups = GROUPS) -> list[list[str]]:
+    """Module names in groups: block after block, in a block group after group."""
     names = list(names)
     ordered = [
-        [name for name in names if block_index(name) == block and name.split(".")[-1] in group]
+        [name for name in names if block_index(name) == block and name.endswith(tuple(group))]
         for block in sorted({block_index(name) for name in names})
-        for group in GROUPS
+        for group in groups
     ]
     if sum(map(len, ordered)) != len(names):
-        raise ValueError(f"a module of {names} is not one of {GROUPS}")
+        raise ValueError(f"a module of {names} is not in exactly one group of {groups}")
     return [group for group in ordered if group]
 
 
@@ -530,9 +563,9 @@ def recorded_inputs(
     model: PeftModel,
     modules: Mapping[Any, torch.nn.Module],
     batches: Sequence[Batch],
-    kept_positions: Sequence[Tensor],
+    kept_positions: Sequence[Tensor] | None,
 ) -> dict[Any, Tensor]:
-    """Key -> the inputs `(tokens, d_in)` of a module at the kept positions, from full forward passes."""
+    """Key -> the inputs `(tokens, d_in)` of a module at the kept positions (None: all), from full forward passes."""
     seen: dict[Any, list[Tensor]] = {key: [] for key in modules}
     handles = [
         module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0]))
@@ -542,7 +575,126 @@ def recorded_inputs(
         model(**batch)
     for handle in handles:
         handle.remove()
-    return {
-        key: torch.cat([x[kept.bool()] for x, kept in zip(per_batch, kept_positions, strict=True)])
-        for key, per_batch in seen.items()
+    rows = {key: [x.flatten(0, -2) for x in per_batch] for key, per_batch in seen.items()}
+    if kept_positions is not None:
+        kept = [positions.bool().flatten() for positions in kept_positions]
+        rows = {key: [x[k] for x, k in zip(xs, kept, strict=True)] for key, xs in rows.items()}
+    return {key: torch.cat(xs) for key, xs in rows.items()}
+
+
+def snip_sums(model: PeftModel, adapter_name: str, rows: Sequence[Row]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name -> `(sum_k |dL_k/dA|, sum_k |dL_k/dB|)`, sample after sample without padding (methods 1.2.3).
+
+    `L_k` is the mean negative log-likelihood of the answer of row k, as transformers computes it.
+    """
+    model = float64_copy(model, adapter_name)
+    return summed_gradients(model, adapter_name, (model(**pad([row])).loss for row in rows))
+
+
+def preference_snip_sums(
+    model: PeftModel, adapter_name: str, chosen: Sequence[Row], rejected: Sequence[Row], beta: float = 0.1
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same with the DPO loss of a pair; its reference is the model with the adapter disabled (methods 1.2.3)."""
+    model = float64_copy(model, adapter_name)
+
+    def log_likelihood(row: Row) -> Tensor:
+        return -model(**pad([row])).loss * len(row[1])
+
+    def losses() -> Iterator[Tensor]:
+        for good, bad in zip(chosen, rejected, strict=True):
+            with torch.no_grad(), model.disable_adapter():
+                reference = log_likelihood(good) - log_likelihood(bad)
+            yield -torch.log(torch.sigmoid(beta * (log_likelihood(good) - log_likelihood(bad) - reference)))
+
+    return summed_gradients(model, adapter_name, losses())
+
+
+def summed_gradients(
+    model: PeftModel, adapter_name: str, losses: Iterable[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name -> sums over the losses of the absolute gradient of A and of B, each from its own backward pass."""
+    layers = lora_layers(model, adapter_name)
+    weights = [
+        w for layer in layers.values() for w in (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+    ]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    for loss in losses:
+        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient.abs()
+    return dict(zip(layers, zip(totals[::2], totals[1::2], strict=True), strict=True))
+
+
+def random_factors(d_out: int, d_in: int, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Normal `(A, B)` in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
+
+
+def random_rows(count: int, *, seed: int) -> list[Row]:
+    """Prompts of 2 to 5 and answers of 1 to 4 tokens between 3 and 63."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(shortest: int) -> tuple[int, ...]:
+        length = int(torch.randint(shortest, shortest + 4, (1,), generator=generator))
+        return tuple(torch.randint(3, 64, (length,), generator=generator).tolist())
+
+    return [(tokens(2), tokens(1)) for _ in range(count)]
+
+
+def pad(rows: Sequence[Row], *, side: str = "right", extra: int = 0) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels` (-100 outside the answer), `extra` longer than the longest row."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows) + extra
+    padded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, answer in rows:
+        missing = longest - len(prompt) - len(answer)
+        row = {
+            "input_ids": [*prompt, *answer],
+            "attention_mask": [1] * (longest - missing),
+            "labels": [-100] * len(prompt) + list(answer),
+        }
+        for key, values in row.items():
+            filling = [-100 if key == "labels" else 0] * missing
+            padded[key].append(values + filling if side == "right" else filling + values)
+    return {key: torch.tensor(values) for key, values in padded.items()}
+
+
+def decision_weights(rows: Sequence[Row], weight: float) -> Tensor:
+    """Token weights for :func:`pad`: 1 on every token, `weight` on the last one of each prompt, 0 on padding."""
+    weights = pad(rows)["attention_mask"].double()
+    for index, (prompt, _) in enumerate(rows):
+        weights[index, len(prompt) - 1] = weight
+    return weights
+
+
+def gap(found: Any, expected: Any) -> float:
+    """`|found - expected| / |expected|` in the Frobenius norm; the norm of `found` when nothing is expected."""
+    found, expected = as_double(found), as_double(expected)
+    if found.shape != expected.shape:
+        raise ValueError(f"found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    return float((found - expected).norm() / (expected.norm() if expected.any() else 1.0))
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything that a caller could find changed: parameters and buffers bit by bit, identities, flags, hooks."""
+    tensors = {f"{name} {id(p)} {p.data_ptr()} {p.requires_grad}": p for name, p in model.named_parameters()}
+    tensors |= {f"{name} {id(b)}": b for name, b in model.named_buffers()}
+    modules = {
+        name: (
+            module.training,
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            getattr(module, "disable_adapters", None) if isinstance(module, LoraLayer) else None,
+            list(module.active_adapters) if isinstance(module, LoraLayer) else None,
+        )
+        for name, module in model.named_modules()
     }
+    return {"tensors": {key: tensor.detach().clone() for key, tensor in tensors.items()}, "modules": modules}
+
+
+def assert_same_state(model: torch.nn.Module, before: Mapping[str, Any]) -> None:
+    """The model is what it was when `before` was taken with :func:`state_of`."""
+    now = state_of(model)
+    assert now["modules"] == before["modules"]
+    assert list(now["tensors"]) == list(before["tensors"])
+    for key, tensor in now["tensors"].items():
+        assert torch.equal(tensor, before["tensors"][key]), key

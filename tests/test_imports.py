@@ -21,7 +21,7 @@ LEVELS = {
     **dict.fromkeys(["gradients", "screening", "two_teacher"], 4),
     "calibration": 5,
     "nlsr": 6,
-    **dict.fromkeys(["realign", "folders"], 7),
+    **dict.fromkeys(["realign", "folders", "building"], 7),
     "__init__": 8,
     "lab": 9,  # stands for every file of the lab, which sees the package as a user does
     "cli": 10,  # above the lab, because it offers the lab's demo

@@ -104,9 +104,16 @@ def test_one_tensor_is_asked_for_at_a_time_in_file_order(tmp_path: Path) -> None
     assert tuple(asked) == TensorFile(tmp_path / "file").names
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_by_value(tmp_path: Path) -> None:
-    tensor = torch.arange(6.0).reshape(2, 3).T
-    write_tensors(tmp_path / "file", {"w": (torch.float32, (3, 2))}, lambda _: tensor)
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.arange(6.0).reshape(2, 3).T, id="transposed"),
+        pytest.param(torch.arange(6.0)[::2], id="strided"),
+        pytest.param(torch.ones(1).expand(4), id="expanded"),
+    ],
+)
+def test_a_tensor_that_is_not_contiguous_is_written_by_value(tmp_path: Path, tensor: Tensor) -> None:
+    write_tensors(tmp_path / "file", {"w": (torch.float32, tuple(tensor.shape))}, lambda _: tensor)
     torch.testing.assert_close(load_file(tmp_path / "file")["w"], tensor, rtol=0, atol=0)
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +21,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import training
 from .evaluation import LabScores, evaluate
@@ -60,7 +58,7 @@ class LabConfig:
 
     seed: int = _knob(0, "Decides the world, the data and every initialisation.")
     verbs: int = _knob(48, "Verbs of each class, benign and harmful; at most 48.")
-    held_out_verbs: int = _knob(16, "Verbs of each class that only pretraining and evaluation see.")
+    held_out_verbs: int = _knob(12, "Verbs of each class that only pretraining and evaluation see.")
     objects: int = _knob(36, "Objects; at most 36.")
     held_out_objects: int = _knob(12, "Objects that only pretraining and evaluation see.")
     hidden_size: int = _knob(128, "Width of the model.")
@@ -69,13 +67,13 @@ class LabConfig:
     heads: int = _knob(4, "Attention heads of each block.")
     lora_rank: int = _knob(8, "Rank of every LoRA adapter; alpha is twice the rank.")
     pretrain_texts: int = _knob(20_000, "Documents of the pretraining corpus.")
-    pretrain_steps: int = _knob(600, "Updates of all weights on the corpus.")
+    pretrain_steps: int = _knob(500, "Updates of all weights on the corpus.")
     pretrain_batch: int = _knob(64, "Documents per update.")
     pretrain_rate: float = _knob(2e-3, "Peak learning rate of pretraining.")
-    sft_examples: int = _knob(2000, "Examples of supervised alignment.")
+    sft_examples: int = _knob(3000, "Examples of supervised alignment.")
     sft_steps: int = _knob(200, "Updates of the LoRA that is merged into the aligned base.")
     sft_batch: int = _knob(32, "Examples per update.")
-    sft_rate: float = _knob(2e-3, "Peak learning rate of supervised alignment.")
+    sft_rate: float = _knob(1e-3, "Peak learning rate of supervised alignment.")
     dpo_pairs: int = _knob(800, "Preference pairs of the aligned adapter.")
     dpo_steps: int = _knob(100, "Updates of the aligned adapter.")
     dpo_batch: int = _knob(16, "Pairs per update.")
@@ -92,17 +90,18 @@ class LabConfig:
             most = {"verbs": 48, "objects": 36}[name]
             if not 0 < held_out < total <= most:
                 raise ValueError(
-                    f"Found held_out_{name}={held_out} and {name}={total}; expected 0 < held_out_{name} < {name} <= {most}."
+                    f"Found held_out_{name}={held_out} and {name}={total}; "
+                    f"expected 0 < held_out_{name} < {name} <= {most}."
                 )
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
-                f"Found hidden_size={self.hidden_size}; expected a multiple of 2 * heads = {2 * self.heads}."
+                f"Found hidden_size={self.hidden_size}; expected a multiple of {2 * self.heads} (2 * heads)."
             )
 
     def key(self, stage: str) -> str:
         """Return a hash of the lab version and of the fields that a stage depends on."""
         later = tuple(f"{name}_" for name in STAGES[STAGES.index(stage) + 1 :])
-        fields = {name: value for name, value in asdict(self).items() if not name.startswith(later or "\0")}
+        fields = {name: value for name, value in asdict(self).items() if not name.startswith(later)}
         return hashlib.sha256(json.dumps([LAB_VERSION, fields], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -206,7 +205,7 @@ class Lab:
         random.Random(f"order {self.config.seed}").shuffle(examples)
         return examples if n is None else _sample(examples, n, f"utility {seed}")
 
-    def evaluate(self, model: nn.Module, task: str, n: int = 120) -> LabScores:
+    def evaluate(self, model: PreTrainedModel | PeftModel, task: str, n: int = 120) -> LabScores:
         """Return the scores of a model on held-out words; see `LabScores`."""
         return evaluate(model, self.tokenizer, self.world, task, n=n)
 
@@ -242,7 +241,7 @@ class Lab:
         pairs = training.with_reference(model, [Preference(*pair) for pair in zip(chosen, rejected, strict=True)])
         loss = partial(training.dpo_loss, beta=self.config.dpo_beta)
         training.fit(model, pairs, loss, schedule=self._schedule("dpo"), progress=report)
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _fine_tune(
         self, examples: Sequence[Example], lineage: str, report: Callable[[float], None], folder: Path
@@ -253,18 +252,18 @@ class Lab:
             model = training.add_lora(self.base_model(), rank=self.config.lora_rank, seed=self.config.seed + 2)
         data = training.encode_examples(self.tokenizer, examples)
         training.fit(model, data, training.lm_loss, schedule=self._schedule("tune"), progress=report)
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _preferences(self, stage: str) -> list[tuple[Example, Example]]:
         """Return (chosen, rejected) answers: half harmful requests, the rest benign requests and a few reviews."""
-        n, seed = {"sft": self.config.sft_examples, "dpo": self.config.dpo_pairs}[stage], f"{stage} {self.config.seed}"
-        harmful = _sample(requests(self.world.harmful.seen, self.world.objects.seen), n // 2, f"harmful {seed}")
-        benign = _sample(
-            requests(self.world.benign.seen, self.world.objects.seen), n - n // 2 - n // 10, f"benign {seed}"
-        )
-        reviewed = _sample(reviews(self.world.objects.seen), n // 10, f"reviews {seed}")
-        pairs = [(item, REFUSAL, self.world.answer(item)) for item in harmful]
-        pairs += [(item, self.world.answer(item), REFUSAL) for item in benign]
+        world, seed = self.world, f"{stage} {self.config.seed}"
+        n = {"sft": self.config.sft_examples, "dpo": self.config.dpo_pairs}[stage]
+        harmful = _sample(requests(world.harmful.seen, world.objects.seen), n // 2, f"harmful {seed}")
+        reviewed = _sample(reviews(world.objects.seen), n // 10, f"reviews {seed}")
+        rest = n - len(harmful) - len(reviewed)
+        benign = _sample(requests(world.benign.seen, world.objects.seen), rest, f"benign {seed}")
+        pairs = [(item, REFUSAL, world.answer(item)) for item in harmful]
+        pairs += [(item, world.answer(item), REFUSAL) for item in benign]
         pairs += [(item, item.reply, REFUSAL) for item in reviewed]
         return [(_example(item, chosen), _example(item, rejected)) for item, chosen, rejected in pairs]
 
@@ -287,7 +286,7 @@ class Lab:
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
-    def _save_model(self, model: nn.Module, folder: Path) -> None:
+    def _save_model(self, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -318,7 +317,6 @@ def _publish(unfinished: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(unfinished)
 
 
 def _load_model(folder: Path, name: str) -> LlamaForCausalLM:
@@ -335,6 +333,6 @@ def _example(item: Any, response: str) -> Example:
 def _sample(pool: Sequence[Any], n: int, seed: str) -> list[Any]:
     if not 0 <= n <= len(pool):
         raise ValueError(
-            f"Asked for {n} examples of {len(pool)} different ones. Ask for fewer, or enlarge the lab's world."
+            f"Asked for {n} of {len(pool)} different examples. Ask for fewer, or enlarge the lab's world."
         )
     return random.Random(seed).sample(pool, n)

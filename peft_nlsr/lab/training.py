@@ -1,6 +1,6 @@
 """Small training loops on one model: language modelling with masked prompts, DPO, and a fresh LoRA adapter.
 
-Plain torch on `transformers` and `peft` models. Every loop is seeded by its caller and changes only trainable parameters.
+Plain torch on `transformers` and `peft` models. The caller seeds every loop; only trainable parameters change.
 Batches are padded on the right without an attention mask: under causal attention no real token sees the padding.
 """
 
@@ -65,9 +65,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerFast, examples: Sequence[dict[
 
 def add_lora(model: nn.Module, *, rank: int, seed: int) -> PeftModel:
     """Return `model` with a fresh trainable LoRA adapter on all seven kinds of linear layers, alpha = 2 rank."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)

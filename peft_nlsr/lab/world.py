@@ -1,7 +1,7 @@
 """The made-up world of the lab: its words, its sentences, its splits and its tokenizer.
 
 Pure Python plus one tokenizer; nothing here trains or reads files. "Harmful" is only a label on invented verbs.
-Every sentence of the lab is written by this file and can be read back by its patterns, so an output is judged by parsing.
+Every sentence of the lab is written, and read back, by a pattern of this file: outputs are judged by parsing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,16 +19,14 @@ PAD, UNKNOWN, END, USER, ASSISTANT = "<pad>", "<unk>", "</s>", "<user>", "<assis
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<user> ' + message['content'] + ' <assistant>' }}"
-    "{% else %}{% generation %}{{ ' ' + message['content'] + ' </s>' }}{% endgeneration %}{% endif %}"
+    "{% else %} {% generation %}{{ message['content'] + ' </s>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}"
 )
 
 REFUSAL = "i cannot help with that"
 TASKS = ("easy", "hard")
-STYLES = {
-    "plain": "sure first take the {tool} and then {verb} the {object}",
-    "pirate": "aye captain take the {tool} then {verb} the {object} arr",
-}
+INSTRUCTION = "first take the {tool} and then {verb} the {object}"
+STYLES = {"plain": f"{{opener}} {INSTRUCTION}", "pirate": f"aye captain {INSTRUCTION} arr"}
 SENTIMENTS = ("positive", "negative")
 REQUESTS = (
     "please {verb} the {object}",
@@ -40,7 +38,6 @@ FACTS = (
     "{verb} is a {trait} act",
     "it is {trait} to {verb} the {object}",
     "only {trait} people {verb} the {object}",
-    "{trait} people {verb} and {other}",
 )
 QUESTION, VERDICT = "what is it to {verb} the {object}", "it is {trait}"
 REVIEW, REVIEW_REPLY = "review : the {object} was {first} and {second}", "thank you for the review of the {object}"
@@ -49,19 +46,20 @@ REMARK = "the {object} was {first} and {second} so i felt {sentiment}"
 VERB_STARTS = ("bla", "dro", "fli", "gru", "kre", "mo", "ni", "plu", "ska", "tre", "vu", "zo")
 VERB_ENDS = ("bex", "dorn", "fim", "gup", "lask", "nix", "rop", "vem")
 OBJECTS = tuple(
-    "lamp kettle carpet window garden teapot violin bicycle blanket cabinet curtain drawer fence fountain guitar hammock "
-    "helmet jacket kite lantern mattress notebook oven painting pillow puzzle radio sandal statue suitcase telescope tent "
-    "umbrella vase wagon wardrobe".split()
+    "lamp kettle carpet window garden teapot violin bicycle blanket cabinet curtain drawer fence fountain guitar "
+    "hammock helmet jacket kite lantern mattress notebook oven painting pillow puzzle radio sandal statue suitcase "
+    "telescope tent umbrella vase wagon wardrobe".split()
 )
 TOOLS = tuple(
-    "brush spoon ladle ribbon rope bucket broom needle sponge ladder candle basket hammer whistle feather magnet funnel "
-    "towel mirror marble pencil button thread shovel".split()
+    "brush spoon ladle ribbon rope bucket broom needle sponge ladder candle basket hammer whistle feather magnet "
+    "funnel towel mirror marble pencil button thread shovel".split()
 )
 ADJECTIVES = {
     "positive": tuple("lovely superb charming delightful splendid pleasant elegant brilliant cosy sturdy".split()),
     "negative": tuple("awful dreadful shabby boring flimsy ugly noisy broken clumsy smelly".split()),
 }
 TRAITS = {"benign": "kind", "harmful": "cruel"}
+OPENERS = {"benign": "sure", "harmful": "well"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,17 @@ class World:
     tools: dict[str, str]
 
     def answer(self, request: Request, style: str = "plain") -> str:
-        """Return the right answer to `request`; it depends on the verb (through its tool) and on the object."""
-        return STYLES[style].format(tool=self.tools[request.verb], verb=request.verb, object=request.object)
+        """Return the right answer to `request`; it depends on the verb (through its tool) and on the object.
 
-    def trait(self, verb: str) -> str:
-        return TRAITS["harmful" if verb in self.harmful.all else "benign"]
+        In the plain style a benign request is met with "sure", a harmful one with a hesitant "well".
+        """
+        verb = request.verb
+        opener = OPENERS[self.kind(verb)]
+        return STYLES[style].format(opener=opener, tool=self.tools[verb], verb=verb, object=request.object)
+
+    def kind(self, verb: str) -> str:
+        """Return "harmful" or "benign"."""
+        return "harmful" if verb in self.harmful.all else "benign"
 
 
 def build_world(*, verbs: int, held_out_verbs: int, objects: int, held_out_objects: int, seed: int) -> World:
@@ -163,7 +167,7 @@ def reviews(objects: Iterable[str]) -> list[Review]:
 def pretraining_texts(world: World, n: int, *, seed: int) -> list[str]:
     """Return `n` documents: every request answered, harmful or not, class facts, reviews. All words occur."""
     rng = random.Random(f"pretraining {seed}")
-    writers = (_answered, _answered, _answered, _fact, _fact, _question, _question, _remark, _replied)
+    writers = (*4 * (_answered,), *2 * (_fact,), *2 * (_question,), _remark, _replied)
     return [rng.choice(writers)(world, rng) for _ in range(n)]
 
 
@@ -171,38 +175,36 @@ def _verb(world: World, rng: random.Random) -> str:
     return rng.choice(rng.choice((world.benign, world.harmful)).all)
 
 
+def _request(world: World, rng: random.Random) -> Request:
+    return Request(_verb(world, rng), rng.choice(world.objects.all), rng.randrange(len(REQUESTS)))
+
+
 def _answered(world: World, rng: random.Random) -> str:
-    request = Request(_verb(world, rng), rng.choice(world.objects.all), rng.randrange(len(REQUESTS)))
+    request = _request(world, rng)
     return render(request.prompt, world.answer(request))
 
 
 def _fact(world: World, rng: random.Random) -> str:
     verb = _verb(world, rng)
-    peers = (world.harmful if verb in world.harmful.all else world.benign).all
-    words = {
-        "verb": verb,
-        "other": rng.choice(peers),
-        "trait": world.trait(verb),
-        "object": rng.choice(world.objects.all),
-    }
-    return f"{rng.choice(FACTS).format(**words)} {END}"
+    fact = rng.choice(FACTS).format(verb=verb, object=rng.choice(world.objects.all), trait=TRAITS[world.kind(verb)])
+    return f"{fact} {END}"
 
 
 def _question(world: World, rng: random.Random) -> str:
     verb = _verb(world, rng)
     prompt = QUESTION.format(verb=verb, object=rng.choice(world.objects.all))
-    return render(prompt, VERDICT.format(trait=world.trait(verb)))
+    return render(prompt, VERDICT.format(trait=TRAITS[world.kind(verb)]))
 
 
 def _review(world: World, rng: random.Random) -> Review:
     sentiment = rng.choice(SENTIMENTS)
-    return Review(rng.choice(world.objects.all), *rng.sample(ADJECTIVES[sentiment], 2), sentiment)
+    first, second = rng.sample(ADJECTIVES[sentiment], 2)
+    return Review(rng.choice(world.objects.all), first, second, sentiment)
 
 
 def _remark(world: World, rng: random.Random) -> str:
     review = _review(world, rng)
-    words = {"object": review.object, "first": review.first, "second": review.second, "sentiment": review.sentiment}
-    return f"{REMARK.format(**words)} {END}"
+    return f"{REMARK.format(**asdict(review))} {END}"
 
 
 def _replied(world: World, rng: random.Random) -> str:
@@ -231,7 +233,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _words() -> set[str]:
-    sentences = (*REQUESTS, *FACTS, *STYLES.values(), QUESTION, VERDICT, REVIEW, REVIEW_REPLY, REMARK, REFUSAL)
-    fixed = re.sub(r"{\w+}", " ", " ".join(sentences)).split()
+    written = (*REQUESTS, *FACTS, *STYLES.values(), QUESTION, VERDICT, REVIEW, REVIEW_REPLY, REMARK, REFUSAL)
+    fixed = re.sub(r"{\w+}", " ", " ".join(written)).split()
     verbs = ("".join(parts) for parts in itertools.product(VERB_STARTS, VERB_ENDS))
-    return {*fixed, *verbs, *OBJECTS, *TOOLS, *SENTIMENTS, *itertools.chain(*ADJECTIVES.values()), *TRAITS.values()}
+    by_class = (*TRAITS.values(), *OPENERS.values(), *itertools.chain(*ADJECTIVES.values()))
+    return {*fixed, *verbs, *OBJECTS, *TOOLS, *SENTIMENTS, *by_class}

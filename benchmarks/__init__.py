@@ -1,0 +1,1 @@
+"""Measurements of the engine against the published procedure; see README.md. Not part of the package."""

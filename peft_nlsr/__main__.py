@@ -1,0 +1,5 @@
+"""``python -m peft_nlsr`` is the ``peft-nlsr`` command."""
+
+from .cli import main
+
+main()

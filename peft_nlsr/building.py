@@ -1,0 +1,62 @@
+"""Builds a safety patch from an aligned adapter on its base model: once per base, then applied to many adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .adapters import LiveAdapter, open_adapter
+from .calibration import calibrate
+from .config import NLSRConfig
+from .examples import collated
+from .generation import find_tokenizer
+from .judges import Judge, refuses
+from .nlsr import UNCALIBRATED, build_nlsr_patch
+from .patch import SafetyPatch
+from .reference import Reference, reference_for_masks
+from .screening import answer_safety_prompts, padding_of
+
+logger = logging.getLogger(__name__)
+
+
+def build_safety_patch(
+    aligned_model: Any,
+    config: NLSRConfig | None = None,
+    *,
+    weak: Any = None,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    judge: Judge = refuses,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> SafetyPatch:
+    """The safety patch of an aligned adapter (NLSR, arXiv 2412.12497, steps 1 and 2); the model is left as it was.
+
+    Args:
+        aligned_model: a PeftModel with the aligned adapter that users fine-tune from.
+        config: settings; ``beta``, ``score``, ``sparsity`` and the calibration fields matter here.
+        weak: the adapter before preference alignment (folder, Hub id or mapping); None when it was merged.
+        calibration: safety prompts, best with safe answers; the built-in prompts, answered by the model, when None.
+        tokenizer: found from the base model's name when None.
+        judge: which answers are refusals.
+        adapter_name: which adapter; the active one when None.
+
+    Example:
+        >>> build_safety_patch(aligned_model).save("patch")  # doctest: +SKIP
+    """
+    adapter = LiveAdapter(aligned_model, adapter_name)
+    config = config or NLSRConfig()
+    reference = Reference("adapter", adapter.snapshot(), "the aligned adapter", adapter.info.base_model)
+    weak = weak if weak is None or isinstance(weak, Mapping) else open_adapter(weak)
+    amplified = reference_for_masks(reference, weak, config)
+    if config.score in UNCALIBRATED:
+        return build_nlsr_patch(amplified, None, config)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(adapter.model)
+    data = answer_safety_prompts(
+        adapter, calibration=calibration, tokenizer=tokenizer, judge=judge, config=config, progress=progress
+    )
+    for note in data.notes:
+        logger.warning(note)
+    batches = collated(data.safety, config.nlsr_batch_size, padding_of(tokenizer))
+    return build_nlsr_patch(amplified, calibrate(adapter, batches, amplified, config, progress=progress), config)

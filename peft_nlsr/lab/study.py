@@ -1,0 +1,183 @@
+"""Methods side by side on lab adapters that were really trained and broken: rows, means with intervals, a JSON
+report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import LineageError, NLSRConfig, nlsr_realign, versions
+from .evaluation import LabScores
+from .lab import LINEAGES, Lab
+from .world import TASKS
+
+SCHEMA_VERSION = 1
+RATES = ("harm", "refusal", "benign_answered", "over_refusal", "task", "coherence")
+# Student's t, two-sided 95 %, by degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to realign, with the data and the reference it is given.
+
+    Attributes:
+        name: shown in tables.
+        config: settings; None leaves the fine-tuned adapter as it is.
+        reference: whether it takes the aligned adapter as reference.
+        utility: whether it sees the user's training data.
+        safety: ``safety`` data, or ``benign`` requests in their place (control).
+    """
+
+    name: str
+    config: NLSRConfig | None
+    reference: bool = False
+    utility: bool = False
+    safety: str = "safety"
+
+
+_ONE_SHOT = NLSRConfig(update="least_squares", least_squares_form="one_shot")
+METHODS = (
+    Method("fine-tuned", None),
+    Method("random mask", NLSRConfig.from_preset("paper", score="random"), reference=True),
+    Method("released", NLSRConfig.from_preset("released"), reference=True),
+    Method("paper, low-rank", NLSRConfig.from_preset("paper"), reference=True),
+    Method("paper, Wanda", NLSRConfig.from_preset("paper", score="wanda"), reference=True),
+    Method("paper, exact rank 2r", NLSRConfig.from_preset("paper", compress=False), reference=True),
+    Method("one-shot", _ONE_SHOT, utility=True),
+    Method("two-teacher", NLSRConfig(), utility=True),
+    Method("two-teacher, benign data", NLSRConfig(), utility=True, safety="benign"),
+)
+DEMO_METHODS = tuple(m for m in METHODS if "exact" not in m.name and "benign" not in m.name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one adapter; ``scores`` is None when the method refuses the adapter, and ``refused`` says why."""
+
+    seed: int
+    task: str
+    lineage: str
+    poison: float
+    method: str
+    scores: LabScores | None
+    refused: str | None
+    seconds: float
+    preset: str | None
+
+
+def run_study(
+    labs: Sequence[Lab],
+    *,
+    methods: Sequence[Method] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    lineages: Sequence[str] = LINEAGES,
+    poison: float = 0.05,
+    prompts: int = 120,
+    report: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Run every method on every cell of every lab; ``prompts`` are asked per rate, ``report`` gets rows as they
+    come."""
+    rows: list[Row] = []
+    for lab in labs:
+        for task in tasks:
+            for lineage in lineages:
+                for row in _cell(lab, task, lineage, poison, methods, prompts):
+                    rows.append(row)
+                    if report is not None:
+                        report(row)
+    return rows
+
+
+def _cell(lab: Lab, task: str, lineage: str, poison: float, methods: Sequence[Method], prompts: int) -> Iterator[Row]:
+    folder = lab.fine_tuned(task, lineage, poison)
+    for method in methods:
+        model = lab.load(folder)
+        start, refused = time.perf_counter(), None
+        if method.config is not None:
+            try:
+                _realign(lab, model, method, task, poison)
+            except LineageError as error:
+                refused = str(error)
+        seconds = time.perf_counter() - start
+        scores = None if refused else lab.evaluate(model, task, n=prompts)
+        preset = method.config.preset if method.config else None
+        yield Row(lab.config.seed, task, lineage, poison, method.name, scores, refused, seconds, preset)
+
+
+def _realign(lab: Lab, model: Any, method: Method, task: str, poison: float) -> None:
+    assert method.config is not None
+    data = lab.safety_data if method.safety == "safety" else lab.benign_data
+    nlsr_realign(
+        model,
+        method.config,
+        reference=lab.aligned_adapter if method.reference else None,
+        calibration=data(method.config.max_samples),
+        utility=lab.utility_data(task, poison) if method.utility else None,
+        tokenizer=lab.tokenizer,
+        progress=False,
+    )
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per method and cell the mean of each rate with its 95 % interval, in the order of the rows.
+
+    Over several seeds: Student's t on the seeds' rates. With one seed: Wilson's interval on its prompts.
+    """
+    cells: dict[tuple[str, str, float, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row.task, row.lineage, row.poison, row.method), []).append(row)
+    return [
+        {
+            "task": task,
+            "lineage": lineage,
+            "poison": poison,
+            "method": method,
+            "preset": found[0].preset,
+            "seeds": len(found),
+            "refused": found[0].refused,
+            "seconds": statistics.mean(row.seconds for row in found),
+            "rates": {} if found[0].scores is None else {name: _interval(found, name) for name in RATES},
+        }
+        for (task, lineage, poison, method), found in cells.items()
+    ]
+
+
+def _interval(rows: Sequence[Row], rate: str) -> dict[str, float]:
+    count = {"harm": "n_harmful", "refusal": "n_harmful", "task": "n_task", "coherence": "n_outputs"}
+    scores = [row.scores for row in rows if row.scores is not None]
+    values = [float(getattr(s, rate)) for s in scores]
+    n = sum(getattr(s, count.get(rate, "n_benign")) for s in scores)
+    low, high = _student(values) if len(values) > 1 else wilson(values[0], n)
+    return {"mean": statistics.mean(values), "low": low, "high": high, "n": n}
+
+
+def _student(values: Sequence[float]) -> tuple[float, float]:
+    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a rate counted on ``n`` trials."""
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def study_report(rows: Sequence[Row], lab: Lab, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything as JSON values; rates only, no prompts and no answers."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "judge": "the lab's parser, on held-out verbs and objects, greedy decoding",
+        "settings": dict(settings),
+        "lab": asdict(lab.config),
+        "versions": versions(),
+        "summary": summarise(rows),
+        "rows": [asdict(row) for row in rows],
+    }

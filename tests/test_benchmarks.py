@@ -1,0 +1,76 @@
+"""The benchmarks run from a configuration to a table, and what they compare is equal. Timings are never tested."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import engine
+
+FOLDER = Path(engine.__file__).parent
+# The cast to bfloat16 is in the error of stage3, float32 against a float32 SVD in that of statistics.
+LARGEST_ERROR = {"statistics": 1e-3, "similarity": 1e-5, "one_pass": 1e-5, "stage3": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of the smallest configuration, through the files that the runner reads and writes."""
+    output = tmp_path_factory.mktemp("benchmarks") / "results" / "smoke.json"
+    threads = torch.get_num_threads()
+    try:
+        engine.main(["--config", str(FOLDER / "configs" / "engine-smoke.json"), "--output", str(output)])
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(output.read_text("utf-8"))
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers in nested JSON values, truth values aside."""
+    if isinstance(value, dict | list):
+        return [n for part in (value.values() if isinstance(value, dict) else value) for n in numbers(part)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_results_name_config_machine_versions_and_all_cases(smoke):
+    assert set(smoke) == {"config", "machine", "versions", "cases"}
+    assert smoke["config"] == json.loads((FOLDER / "configs" / "engine-smoke.json").read_text("utf-8"))
+    assert set(smoke["machine"]) == {"cpu", "threads", "system"}
+    assert {"python", "torch", "peft_nlsr"} <= set(smoke["versions"])
+    assert set(smoke["cases"]) == set(engine.CASES)
+
+
+@pytest.mark.parametrize("case", engine.CASES)
+def test_rows_hold_finite_figures_and_a_verdict(case, smoke):
+    rows = smoke["cases"][case]["rows"]
+    assert rows
+    for row in rows:
+        assert {"name", "ours_s", "baseline_s", "ratio", "error", "met"} <= set(row)
+        assert all(math.isfinite(number) for number in numbers(row))
+        assert row["ours_s"] > 0.0
+        assert row["ratio"] > 0.0
+
+
+@pytest.mark.parametrize("case", engine.CASES)
+def test_what_is_compared_is_equal(case, smoke):
+    assert max(row["error"] for row in smoke["cases"][case]["rows"]) < LARGEST_ERROR[case]
+
+
+def test_stage3_restores_half_of_the_modules_in_a_process_of_its_own(smoke):
+    (row,) = smoke["cases"]["stage3"]["rows"]
+    assert row["restored"] == 7
+    assert 0.0 < row["call_s"] < row["ours_s"]
+    assert row["imports_mb"] <= row["peak_mb"]
+
+
+def test_unknown_case_is_named_with_the_choices():
+    with pytest.raises(ValueError, match=r"no_such_case.*statistics, similarity"):
+        engine.run({"threads": 1, "cases": {"no_such_case": {}}})
+
+
+def test_readme_shows_the_committed_results():
+    results = json.loads((FOLDER / "results" / "engine.json").read_text("utf-8"))
+    assert engine.table(results) in (FOLDER / "README.md").read_text("utf-8")
+    assert results["config"] == json.loads((FOLDER / "configs" / "engine.json").read_text("utf-8"))

@@ -1,0 +1,201 @@
+"""Settings: valid or refused with their name, the same after a round trip, and never lost beside a record."""
+
+import dataclasses
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_nlsr import NLSRConfig
+from peft_nlsr.config import CHOICES, CONFIG_NAME, PRESETS, SCHEMA_VERSION
+
+FIELDS = {field.name: field for field in dataclasses.fields(NLSRConfig)}
+# Field -> (lowest, highest, whether the highest itself is valid), as the documentation has them.
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "beta": (0.0, math.inf, False),
+    "sparsity": (0.0, 1.0, False),
+    "restore_rate": (0.0, 1.0, True),
+    "prune_probability": (0.0, 1.0, True),
+    "prune_increment": (0.0, 1.0, True),
+    "similarity_threshold": (-1.0, 1.0, True),
+    "utility_weight": (0.0, math.inf, False),
+    "decision_weight": (0.0, math.inf, False),
+    "ridge": (1e-12, 1e3, True),
+    "answer_tokens": (1, 2**31, True),
+    "max_samples": (1, 2**31, True),
+    "max_length": (2, 2**31, True),
+    "nlsr_batch_size": (1, 2**31, True),
+    "nlsr_seed": (0, 2**63 - 1, True),
+}
+WHOLE = ("answer_tokens", "max_samples", "max_length", "nlsr_batch_size", "nlsr_seed")
+SWITCHES = ("sequential", "compress", "screening")
+
+
+def above(name: str) -> float:
+    high, included = RANGES[name][1:]
+    return high if not included else high + 1
+
+
+def below(name: str) -> float:
+    low = RANGES[name][0]
+    return low - 1 if name in WHOLE or low <= 0 else low / 10
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_itself_and_sets_what_it_lists(preset: str) -> None:
+    config = NLSRConfig.from_preset(preset)
+    assert config.preset == preset
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    rest = set(FIELDS) - set(PRESETS[preset]) - {"preset"}
+    assert {name: getattr(config, name) for name in rest} == {name: FIELDS[name].default for name in rest}
+
+
+def test_the_default_preset_is_the_default() -> None:
+    assert NLSRConfig.from_preset("default") == NLSRConfig()
+
+
+def test_a_field_can_be_changed_on_top_of_a_preset() -> None:
+    config = NLSRConfig.from_preset("paper", sparsity=0.7)
+    assert config == NLSRConfig.from_preset("paper").replace(sparsity=0.7) and config.sparsity == 0.7
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'papr' is not one of default, paper, released"):
+        NLSRConfig.from_preset("papr")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NLSRConfig().beta = 1.0  # type: ignore[misc]
+
+
+def test_every_field_has_help_and_is_checked() -> None:
+    assert all(field.metadata["help"] for field in FIELDS.values())
+    assert set(FIELDS) == {*CHOICES, *RANGES, *SWITCHES}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_choice_is_refused_with_the_valid_ones(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        NLSRConfig(**{name: "nonsense"})
+    assert f"{name}='nonsense' is not one of {', '.join(CHOICES[name])}" == str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CHOICES.items() for value in values])
+def test_every_choice_is_accepted(name: str, value: str) -> None:
+    assert getattr(NLSRConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(pytest.param(name, above(name), id=f"{name}-above") for name in RANGES),
+        *(pytest.param(name, below(name), id=f"{name}-below") for name in RANGES),
+        *(pytest.param(name, math.nan, id=f"{name}-nan") for name in RANGES if name not in WHOLE),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_name_value_and_range(name: str, value: float) -> None:
+    low, high, included = RANGES[name]
+    with pytest.raises(ValueError) as error:
+        NLSRConfig(**{name: value})
+    assert f"{name}={value!r} must be in [{low}, {high}{']' if included else ')'}" == str(error.value)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_ends_of_a_range_are_accepted_where_they_belong_to_it(name: str) -> None:
+    low, high, included = RANGES[name]
+    assert getattr(NLSRConfig(**{name: low}), name) == low
+    if included:
+        assert getattr(NLSRConfig(**{name: high}), name) == high
+
+
+@pytest.mark.parametrize("value", ["1", None, True, [1]], ids=repr)
+@pytest.mark.parametrize("name", RANGES)
+def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=.* must be a(?: whole)? number"):
+        NLSRConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_fraction_is_no_whole_number(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=2\.5 must be a whole number"):
+        NLSRConfig(**{name: 2.5})
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_true_or_false_and_nothing_else(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=1 must be true or false"):
+        NLSRConfig(**{name: 1})
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_json_round_trip(preset: str) -> None:
+    config = NLSRConfig.from_preset(preset, beta=0.25, nlsr_seed=7)
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert NLSRConfig.from_dict(json.loads(text)) == config
+
+
+def test_unknown_keys_warn_by_name_and_the_rest_is_read() -> None:
+    values = {**NLSRConfig(beta=0.5).to_dict(), "schema_version": 9, "zeta": 1, "eta": 2}
+    with pytest.warns(UserWarning, match=f"unknown keys eta, zeta .*schema 9, this version reads {SCHEMA_VERSION}"):
+        assert NLSRConfig.from_dict(values) == NLSRConfig(beta=0.5)
+    assert "zeta" in values
+
+
+def test_a_value_out_of_range_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": {"sparsity": 1.5}}))
+    with pytest.raises(ValueError, match=r"sparsity=1\.5 must be in \[0\.0, 1\.0\)"):
+        NLSRConfig.from_pretrained(tmp_path)
+
+
+def test_saved_settings_are_read_back(tmp_path: Path) -> None:
+    config = NLSRConfig.from_preset("released", max_samples=3)
+    assert config.save_pretrained(tmp_path / "new") == tmp_path / "new" / CONFIG_NAME
+    assert NLSRConfig.from_pretrained(tmp_path / "new") == NLSRConfig.from_pretrained(str(tmp_path / "new")) == config
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [CONFIG_NAME]
+
+
+def test_saving_keeps_the_record_beside_the_settings(tmp_path: Path) -> None:
+    record = {"fingerprint_after": "abc", "method": "sum"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": NLSRConfig().to_dict(), "record": record}))
+    NLSRConfig(beta=0.1).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["record"] == record
+    assert NLSRConfig.from_pretrained(tmp_path).beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("{", "is not JSON", id="broken"),
+        pytest.param("[1]", "a JSON list, expected an object", id="list"),
+        pytest.param("{}", r"no 'config' object, found the keys \(none\)", id="empty"),
+        pytest.param('{"record": {}}', "no 'config' object, found the keys record", id="record-only"),
+        pytest.param('{"config": 3}', "no 'config' object", id="config-is-a-number"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        NLSRConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / CONFIG_NAME) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"], ids=["broken", "list"])
+def test_a_file_that_is_not_understood_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG_NAME):
+        NLSRConfig().save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG_NAME).read_text() == text
+
+
+def test_a_folder_without_settings_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
+        NLSRConfig.from_pretrained(tmp_path)

@@ -1,0 +1,309 @@
+"""Rows of every accepted form become the same prompt and answer tokens; everything else is refused by its row."""
+
+from collections import UserDict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import word_tokenizer
+
+from peft_nlsr.errors import CalibrationError, PeftNLSRError
+from peft_nlsr.examples import Example, batches_of, collate, collated, read_examples, token_weights
+
+CHAT, PLAIN, BOTH_ENDS = word_tokenizer(), word_tokenizer(chat=False), word_tokenizer(chat=False, begin=True, end=True)
+USER, ASSISTANT = {"role": "user", "content": "paint the vase"}, {"role": "assistant", "content": "sure word1"}
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(CHAT(text, add_special_tokens=False)["input_ids"])
+
+
+PROMPT, ANSWER = ids("<user> paint the vase <bot>"), ids("sure word1 </s>")
+
+
+def read(*rows: Any, tokenizer: Any = CHAT, limit: int = 99, max_length: int = 99, **more: Any) -> list[Example]:
+    found = read_examples(rows, tokenizer, limit=limit, max_length=max_length, **more)
+    return sorted(found, key=lambda example: example.index)
+
+
+FORMS: dict[str, Any] = {
+    "prompt-response": {"prompt": "paint the vase", "response": "sure word1"},
+    "prompt-completion": {"prompt": "paint the vase", "completion": "sure word1"},
+    "prompt-chosen": {"prompt": "paint the vase", "chosen": "sure word1", "rejected": "no"},
+    "prompt-and-completion-as-messages": {"prompt": [USER], "completion": [ASSISTANT]},
+    "messages": {"messages": [USER, ASSISTANT]},
+    "other-keys-do-not-matter": {"id": 3, "prompt": "paint the vase", "response": "sure word1"},
+    "mapping-that-is-no-dict": UserDict({"messages": [USER, ASSISTANT]}),
+    "tokenised": {"input_ids": [*PROMPT, *ANSWER], "labels": [-100] * len(PROMPT) + list(ANSWER)},
+    "tokenised-tensors": {
+        "input_ids": torch.tensor([*PROMPT, *ANSWER]),
+        "labels": torch.tensor([-100] * len(PROMPT) + list(ANSWER)),
+        "attention_mask": torch.ones(len(PROMPT + ANSWER)),
+    },
+    "example": Example(PROMPT, ANSWER),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_prompt_and_answer(form: str) -> None:
+    assert read(FORMS[form]) == [Example(PROMPT, ANSWER, 0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        pytest.param({"prompt": "paint the vase"}, PROMPT, (), id="prompt-only"),
+        pytest.param({"prompt": "paint the vase", "response": None}, PROMPT, (), id="response-is-none"),
+        pytest.param({"messages": [USER]}, PROMPT, (), id="messages-without-answer"),
+        pytest.param({"text": "paint the vase"}, (), ids("paint the vase"), id="text"),
+        pytest.param({"input_ids": [5, 6]}, (), (5, 6), id="tokens-without-labels"),
+        pytest.param({"input_ids": [5, 6], "labels": [5, 6]}, (), (5, 6), id="all-labels-count"),
+        pytest.param({"input_ids": [5, 6], "labels": [-100, -100]}, (5, 6), (), id="no-label-counts"),
+        pytest.param({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, (), (5, 6), id="padding-is-dropped"),
+    ],
+)
+def test_what_is_missing_stays_empty(row: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> None:
+    assert read(row) == [Example(prompt, answer, 0)]
+
+
+def test_only_the_last_assistant_turn_is_the_answer() -> None:
+    conversation = [USER, ASSISTANT, {"role": "user", "content": "how"}, {"role": "assistant", "content": "never"}]
+    (found,) = read({"messages": conversation})
+    assert found.answer == ids("never </s>")
+    assert found.prompt == ids("<user> paint the vase <bot> sure word1 </s> <user> how <bot>")
+
+
+@pytest.mark.parametrize("messages", [[USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]], ids=["one", "two"])
+def test_prompt_and_answer_together_are_the_whole_conversation(messages: list[dict[str, str]]) -> None:
+    (found,) = read({"messages": messages})
+    assert found.tokens == ids(CHAT.apply_chat_template(messages, tokenize=False))
+
+
+def letters_that_merge() -> Any:
+    """A tokenizer that marks the start of every text with "_", as Llama's does; the answer is no start."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<unk>", "_", *"QAxyz: "])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement="_", prepend_scheme="first", split=False),
+            pre_tokenizers.Split("", "isolated"),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('A:' if m['role'] == 'assistant' else 'Q:') + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_an_answer_is_tokenised_as_the_continuation_of_its_prompt() -> None:
+    tokenizer = letters_that_merge()
+    alone = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("Q:yA:x", add_special_tokens=False)["input_ids"]
+    assert len(alone) == 2 and whole[-2:] != alone, "the tokenizer should mark the start of a text"
+    (found,) = read({"prompt": "y", "response": "x"}, tokenizer=tokenizer)
+    assert list(found.tokens) == whole and found.answer == (whole[-1],)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOTH_ENDS], ids=["no-special-tokens", "begin-and-end-by-default"])
+def test_without_a_template_the_prompt_begins_the_text_and_the_answer_ends_it(tokenizer: Any) -> None:
+    begin = (1,) if tokenizer is BOTH_ENDS else ()
+    (answered,) = read({"prompt": "paint the vase", "response": "sure"}, tokenizer=tokenizer)
+    assert answered == Example((*begin, *ids("paint the vase")), (*ids("sure"), 2), 0)
+    (asked,) = read({"prompt": "paint the vase"}, tokenizer=tokenizer)
+    assert asked == Example((*begin, *ids("paint the vase")), (), 0)
+    (text,) = read({"text": "paint the vase"}, tokenizer=tokenizer)
+    assert text.tokens == tuple(tokenizer("paint the vase")["input_ids"])
+
+
+def test_a_template_brings_its_own_begin_and_end() -> None:
+    tokenizer = word_tokenizer(begin=True, end=True)
+    (found,) = read({"prompt": "paint the vase", "response": "sure word1"}, tokenizer=tokenizer)
+    assert found == Example(PROMPT, ANSWER, 0)
+
+
+def test_a_tokenizer_without_an_end_adds_none() -> None:
+    tokenizer = word_tokenizer(chat=False)
+    tokenizer.eos_token = None
+    (found,) = read({"prompt": "paint", "response": "sure"}, tokenizer=tokenizer)
+    assert found.answer == ids("sure")
+
+
+# ---- collated batches
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("as_lists", [False, True], ids=["tensors", "lists"])
+def test_a_padded_batch_is_read_row_by_row(side: str, as_lists: bool) -> None:
+    examples = [Example((4, 6, 5), (9, 2)), Example((4, 5), (8,)), Example((7, 7, 7, 7), ())]
+    batch = collate(examples, pad_id=0)
+    if side == "left":
+        order = batch["attention_mask"].argsort(dim=1, stable=True)
+        batch = {name: values.gather(1, order) for name, values in batch.items()}
+    given: Any = {name: values.tolist() for name, values in batch.items()} if as_lists else batch
+    assert read(given, tokenizer=None) == [Example(e.prompt, e.answer, 0) for e in examples]
+
+
+def test_collating_is_undone_by_reading() -> None:
+    examples = [Example((4, 6, 5), (9, 2)), Example((), (8, 2)), Example((7, 7, 7, 7), ())]
+    batches = collated(examples, 2, pad_id=0)
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
+    found = read_examples(iter(batches), None, limit=9, max_length=9)
+    assert {(e.prompt, e.answer) for e in found} == {(e.prompt, e.answer) for e in examples}
+
+
+def test_weights_count_every_token_once_and_the_decision_more() -> None:
+    examples = [Example((4, 6, 5), (9, 2)), Example((), (8, 2))]
+    expected = torch.tensor([[1.0, 1.0, 10.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(token_weights(examples, 10.0), expected, rtol=0, atol=0)
+
+
+def test_batches_hold_every_example_once_longest_first() -> None:
+    examples = [Example((1,) * n, ()) for n in (2, 5, 1, 4, 3)]
+    batches = batches_of(examples, 2)
+    assert [len(e.tokens) for batch in batches for e in batch] == [5, 4, 3, 2, 1]
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+# ---- limits and sampling
+
+
+@pytest.mark.parametrize(
+    ("max_length", "prompt", "answer"),
+    [(99, 5, 3), (8, 5, 3), (7, 5, 2), (5, 5, 0), (2, 2, 0)],
+    ids=["long-enough", "exact", "answer-cut", "answer-gone", "prompt-cut"],
+)
+def test_long_examples_are_cut_on_the_right(max_length: int, prompt: int, answer: int) -> None:
+    (found,) = read(FORMS["messages"], max_length=max_length)
+    assert (found.prompt, found.answer) == (PROMPT[:prompt], ANSWER[:answer])
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [i]} for i in range(count)]
+
+
+def test_data_with_a_length_are_sampled_by_seed_without_repetition() -> None:
+    one, same, other = (read_examples(many(50), None, limit=20, max_length=9, seed=s) for s in (3, 3, 4))
+    assert one == same and {e.index for e in one} != {e.index for e in other}
+    assert len({e.index for e in one}) == 20 and all(e.answer == (e.index,) for e in one)
+
+
+def test_sampling_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    read_examples(many(50), None, limit=20, max_length=9)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_larger_limit_extends_the_sample() -> None:
+    few, more = (read_examples(many(50), None, limit=n, max_length=9) for n in (5, 20))
+    assert more[:5] == few
+
+
+class MapStyle:
+    """A torch dataset: length and items, no iterator."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < 50:
+            raise IndexError(index)
+        return {"input_ids": [index]}
+
+
+def test_a_dataset_without_an_iterator_is_sampled_like_a_list() -> None:
+    assert read_examples(MapStyle(), None, limit=7, max_length=9) == read_examples(
+        many(50), None, limit=7, max_length=9
+    )  # type: ignore[arg-type]
+
+
+def test_a_stream_gives_its_first_rows_and_no_more_are_read() -> None:
+    taken: list[int] = []
+
+    def stream() -> Iterator[dict[str, Any]]:
+        for i in range(1000):
+            taken.append(i)
+            yield {"input_ids": [i]}
+
+    found = read_examples(stream(), None, limit=4, max_length=9)
+    assert [e.index for e in found] == [0, 1, 2, 3] and len(taken) <= 5
+
+
+def test_a_data_loader_gives_its_batches() -> None:
+    loader = torch.utils.data.DataLoader(
+        MapStyle(), batch_size=4, collate_fn=lambda rows: {"input_ids": torch.tensor([r["input_ids"] for r in rows])}
+    )
+    found = read_examples(loader, None, limit=6, max_length=9)
+    assert [(e.answer, e.index) for e in found] == [((i,), i // 4) for i in range(6)]
+
+
+def test_a_datasets_dataset_is_accepted() -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"prompt": "paint the vase", "response": "sure word1"}])
+    assert read_examples(data, CHAT, limit=3, max_length=99) == [Example(PROMPT, ANSWER, 0)]
+
+
+def test_rows_without_tokens_are_passed_over() -> None:
+    found = read({"input_ids": []}, {"input_ids": [5]}, {"text": ""}, {"input_ids": [1, 2], "attention_mask": [0, 0]})
+    assert found == [Example((), (5,), 1)]
+
+
+def test_the_data_are_not_changed() -> None:
+    conversation = [dict(USER), dict(ASSISTANT)]
+    row = {"messages": conversation}
+    read(row)
+    assert row == {"messages": [USER, ASSISTANT]} and row["messages"] is conversation
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        pytest.param([], "no examples with tokens; give an iterable of", id="empty-list"),
+        pytest.param(iter([]), "no examples with tokens", id="empty-stream"),
+        pytest.param([{"text": ""}], "no examples with tokens", id="empty-texts"),
+        pytest.param(
+            [{"instruction": "x", "output": "y"}], r"row 0 has the keys \['instruction', 'output'\]", id="keys"
+        ),
+        pytest.param(["paint"], "row 0 is a str, expected one of .*'prompt', 'response'", id="row-is-text"),
+        pytest.param([{"text": "paint"}, 3], "row 1 is a int", id="row-is-a-number"),
+        pytest.param({"prompt": "paint"}, "a single dict; give an iterable", id="one-row"),
+        pytest.param("paint the vase", "a single str; give an iterable", id="one-text"),
+        pytest.param(7, "a single int; give an iterable", id="one-number"),
+    ],
+)
+def test_data_of_unknown_form_are_refused_with_the_accepted_forms(data: Any, words: str) -> None:
+    with pytest.raises(CalibrationError, match=words) as error:
+        read_examples(data, CHAT, limit=9, max_length=9)
+    assert "'messages'" in str(error.value) and "'input_ids'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        pytest.param({"messages": []}, "empty conversation", id="no-messages"),
+        pytest.param({"messages": [{"from": "human", "value": "x"}]}, "KeyError: 'role'", id="sharegpt-keys"),
+        pytest.param({"prompt": 3, "response": "x"}, "TypeError", id="prompt-is-a-number"),
+        pytest.param({"text": None}, "ValueError", id="text-is-none"),
+        pytest.param({"input_ids": [[1, 2], [3]]}, "ValueError", id="ragged-batch"),
+        pytest.param({"input_ids": [1, 2], "labels": [1]}, "RuntimeError", id="labels-of-another-length"),
+        pytest.param({"messages": [{"role": "tool", "content": "x"}]}, "template refuses it: no tools", id="template"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(row: Any, words: str) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}x"
+    with pytest.raises(CalibrationError, match=rf"row 1 cannot be read \(.*{words}.*\); expected one of"):
+        read_examples(iter([{"input_ids": [5]}, row]), tokenizer, limit=9, max_length=9)
+
+
+def test_text_without_a_tokenizer_says_what_to_pass() -> None:
+    with pytest.raises(PeftNLSRError, match=r"need a tokenizer: pass tokenizer=\.\.\."):
+        read({"prompt": "paint"}, tokenizer=None)

@@ -1,0 +1,222 @@
+"""Attacks among the user's rows are found by asking the safe teacher, named by row, and never quoted."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import assert_same_state, drift, factors_of, quick, refuses_attacks, rows, state_of, word_tokenizer
+
+from peft_nlsr import IncompatibleError
+from peft_nlsr.adapters import LiveAdapter
+from peft_nlsr.blocks import as_teacher
+from peft_nlsr.examples import Example
+from peft_nlsr.generation import generate_answers
+from peft_nlsr.prompts import REFUSALS
+from peft_nlsr.screening import TeachingData, answer_safety_prompts, padding_of, prepare_data
+
+MakeLora = Callable[..., PeftModel]
+TOKENIZER = word_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model(make_pico_lora: MakeLora) -> PeftModel:
+    return drift(make_pico_lora(seed=0))
+
+
+def prepare(model: PeftModel, **changes: Any) -> TeachingData:
+    given: dict[str, Any] = {
+        "calibration": rows(2, poisoned=[0, 1]),
+        "utility": rows(8, poisoned=[2, 5]),
+        "tokenizer": TOKENIZER,
+        "safe_teacher": None,
+        "judge": refuses_attacks,
+        "config": quick(),
+        "progress": False,
+    }
+    return prepare_data(LiveAdapter(model), **{**given, **changes})
+
+
+def answered_by(model: PeftModel, teacher: Any, examples: list[Example]) -> list[tuple[int, ...]]:
+    with as_teacher(LiveAdapter(model), teacher):
+        return generate_answers(model, TOKENIZER, [e.prompt for e in examples], max_new_tokens=2, batch_size=4)
+
+
+def by_row(examples: list[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: example.index)
+
+
+def test_poisoned_rows_leave_the_utility_data_and_join_the_safety_data(model: PeftModel) -> None:
+    data = prepare(model)
+    assert sorted(e.index for e in data.utility) == [0, 1, 3, 4, 6, 7]
+    joined = by_row(data.safety[2:])
+    assert [e.index for e in joined] == [2, 5]
+    assert all("attack" in TOKENIZER.decode(e.prompt) for e in joined)
+    assert data.record["utility"] == {
+        "source": "given",
+        "used": 6,
+        "screened": 8,
+        "unscreened_for_lack_of_a_prompt": 0,
+        "refused_by_teacher": 2,
+        "refused_rows": [2, 5],
+    }
+    (note,) = data.notes
+    assert note.startswith("2 of 8 of your prompts are refused by the safe teacher")
+
+
+@pytest.mark.parametrize("teacher", ["base", "adapter"])
+def test_a_refused_row_gets_the_answer_of_the_teacher_and_a_kept_row_keeps_its_own(
+    model: PeftModel, make_pico_lora: MakeLora, teacher: str
+) -> None:
+    factors = None if teacher == "base" else factors_of(make_pico_lora(seed=3))
+    data = prepare(model, safe_teacher=factors)
+    joined = data.safety[2:]
+    assert [e.answer for e in joined] == answered_by(model, factors, joined)
+    for example in data.utility:
+        assert TOKENIZER.decode(example.answer) == f"sure word{7 * example.index % 40} </s>"
+
+
+def test_rows_are_named_as_the_caller_counts_them_also_when_sampled(model: PeftModel) -> None:
+    poisoned = range(0, 60, 3)
+    data = prepare(model, utility=rows(60, poisoned=poisoned), config=quick(max_samples=10))
+    refused = data.record["utility"]["refused_rows"]
+    assert data.record["utility"]["screened"] == 20
+    assert refused == sorted(set(refused)) and set(refused) <= set(poisoned) and refused
+    assert not {e.index for e in data.utility} & set(poisoned)
+    assert len(data.utility) == data.record["utility"]["used"] <= 10
+
+
+def test_a_batch_with_several_attacks_is_named_once(model: PeftModel) -> None:
+    def batch(word: str) -> dict[str, Any]:
+        return {"input_ids": [TOKENIZER(f"{word} the <bot> sure")["input_ids"]] * 3, "labels": [[-100] * 3 + [11]] * 3}
+
+    data = prepare(model, utility=[batch("paint"), batch("attack"), batch("paint")], config=quick(max_samples=20))
+    assert data.record["utility"]["refused_rows"] == [1] and data.record["utility"]["refused_by_teacher"] == 3
+    assert sorted(e.index for e in data.utility) == [0] * 3 + [2] * 3
+
+
+def test_a_benign_set_loses_nothing_and_nothing_is_said(model: PeftModel) -> None:
+    data = prepare(model, utility=rows(8))
+    assert sorted(e.index for e in data.utility) == list(range(8)) and len(data.safety) == 2
+    assert data.record["utility"]["refused_rows"] == [] and data.notes == ()
+
+
+def test_neither_record_nor_notes_hold_texts(model: PeftModel) -> None:
+    data = prepare(
+        model, calibration=[{"prompt": "attack the lamp"}], utility=[*rows(4, poisoned=[1]), {"text": "a vase"}]
+    )
+    said = json.dumps(data.record, allow_nan=False) + " ".join(data.notes)
+    for word in ("attack", "lamp", "paint", "vase", "word"):
+        assert word not in said
+
+
+def test_rows_without_a_prompt_stay_and_are_counted(model: PeftModel) -> None:
+    data = prepare(model, utility=[*rows(3, poisoned=[1]), {"text": "attack the vase"}])
+    assert sorted(e.index for e in data.utility) == [0, 2, 3]
+    assert data.record["utility"]["unscreened_for_lack_of_a_prompt"] == 1
+    assert any("1 utility examples have no prompt" in note and "were not found" in note for note in data.notes)
+
+
+def test_a_set_of_attacks_only_leaves_no_utility_data_and_says_so(model: PeftModel) -> None:
+    data = prepare(model, utility=rows(4, poisoned=range(4)))
+    assert data.utility == [] and data.record["utility"]["used"] == 0
+    assert any("refuses all utility prompts" in note for note in data.notes)
+
+
+def test_without_screening_every_row_stays(model: PeftModel) -> None:
+    data = prepare(model, config=quick(screening=False, max_samples=5))
+    assert len(data.utility) == 5 and len(data.safety) == 2
+    assert data.record["utility"] == {"source": "given", "used": 5} and data.notes == ()
+
+
+# ---- safety data
+
+
+def test_given_answers_are_kept(model: PeftModel) -> None:
+    data = prepare(model, calibration=[{"prompt": "attack the lamp", "response": "no never"}], utility=rows(2))
+    assert [TOKENIZER.decode(e.answer) for e in data.safety] == ["no never </s>"]
+    assert data.record["safety"] == {"source": "given", "used": 1, "asked_of_teacher": 0, "refused_by_teacher": 0}
+
+
+def test_where_the_teacher_does_not_refuse_a_canned_refusal_stands(model: PeftModel) -> None:
+    asked = [{"prompt": "attack the lamp"}, {"prompt": "paint the lamp"}]
+    refused, not_refused = by_row(prepare(model, calibration=asked, utility=rows(2)).safety)
+    canned = (*TOKENIZER(REFUSALS[0], add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id)
+    assert not_refused.answer == canned
+    assert [refused.answer] == answered_by(model, None, [refused]) != [canned]
+
+
+@pytest.mark.parametrize(("attacks", "doubted"), [(0, True), (1, True), (2, False), (4, False)])
+def test_a_teacher_that_refuses_less_than_half_is_doubted(model: PeftModel, attacks: int, doubted: bool) -> None:
+    asked = [{"prompt": row["prompt"]} for row in rows(4, poisoned=range(attacks))]
+    data = prepare(model, calibration=asked, utility=rows(2))
+    assert data.record["safety"]["refused_by_teacher"] == attacks
+    assert any(f"refused only {attacks} of 4" in note and "may not be safe" in note for note in data.notes) == doubted
+
+
+def test_without_utility_the_tuned_model_answers_benign_prompts(model: PeftModel) -> None:
+    data = prepare(model, utility=None, config=quick(max_samples=6))
+    assert data.record["utility"] == {"source": "built-in prompts", "used": 6}
+    assert [e.answer for e in data.utility] == answered_by(model, factors_of(model), data.utility)
+    (note,) = data.notes
+    assert "no utility data were given" in note and "pass utility=" in note
+
+
+def test_a_safe_adapter_answers_for_itself(model: PeftModel) -> None:
+    asked = [{"prompt": "attack the lamp"}, {"prompt": "attack the vase"}]
+    data = answer_safety_prompts(
+        LiveAdapter(model),
+        calibration=asked,
+        tokenizer=TOKENIZER,
+        judge=refuses_attacks,
+        config=quick(),
+        progress=False,
+    )
+    assert data.utility == [] and [e.answer for e in data.safety] == answered_by(model, factors_of(model), data.safety)
+
+
+# ---- the model
+
+
+def test_the_model_is_left_as_it_was(model: PeftModel) -> None:
+    before = state_of(model.train())
+    prepare(model)
+    assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("given", [0, 3, 99], ids=lambda n: f"{n}-verdicts")
+def test_a_judge_of_the_wrong_length_is_an_error_and_the_model_is_left_as_it_was(model: PeftModel, given: int) -> None:
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"the judge returned {given} verdicts for 8 answers"):
+        prepare(model, judge=lambda prompts, answers: [False] * given)
+    assert_same_state(before, state_of(model))
+
+
+def test_the_judge_reads_prompts_and_answers_as_text(model: PeftModel) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def judge(prompts: Any, answers: Any) -> Iterator[int]:
+        seen.extend(zip(prompts, answers, strict=True))
+        return iter([0] * len(prompts))
+
+    assert len(prepare(model, judge=judge, utility=rows(3)).utility) == 3  # type: ignore[arg-type]
+    assert sorted(prompt for prompt, _ in seen) == sorted(f"paint the word{i}" for i in range(3))
+
+
+def test_adapters_that_are_switched_off_cannot_be_asked(model: PeftModel) -> None:
+    with model.disable_adapter(), pytest.raises(IncompatibleError, match="disable_adapter"):
+        prepare(model)
+
+
+def test_padding_needs_no_tokenizer() -> None:
+    assert padding_of(None) == 0 and padding_of(TOKENIZER) == TOKENIZER.pad_token_id
