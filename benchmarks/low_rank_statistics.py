@@ -15,7 +15,7 @@ from peft_nlsr.config import NLSRConfig
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.scores import low_rank_factors, rank_kept
 
-from .timing import alternate, timed
+from .timing import alternate, compared, timed
 
 Pair = tuple[Tensor, Tensor]
 
@@ -35,13 +35,12 @@ def _measure_shape(shape: dict[str, Any], config: dict[str, Any]) -> dict[str, A
         repeats=config["repeats"],
     )
     # Once only: it takes minutes at full size, hundreds of times what a busy moment could add.
-    exact_s, exact = timed(lambda: _from_activations(batches, update, kept, _exact))
+    exact_times, exact = timed(lambda: _from_activations(batches, update, kept, _exact))
+    own_times = {"cpu": figures["ours_s"], "wall": figures["ours_wall_s"]}
     return {
         "name": shape["name"],
         "kept": kept,
-        "ours_s": figures["ours_s"],
-        "baseline_s": exact_s,
-        "ratio": exact_s / figures["ours_s"],
+        **compared(own_times, exact_times),
         "error": _difference(ours, exact),
         "released_s": figures["baseline_s"],
         "ratio_released": figures["ratio"],

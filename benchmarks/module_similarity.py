@@ -55,7 +55,8 @@ def _cosine_in_float64(one: LowRank, other: LowRank) -> float:
 
 
 def _sum(rows: list[dict[str, Any]], modules: list[int]) -> dict[str, Any]:
-    total = {key: sum(n * row[key] for n, row in zip(modules, rows, strict=True)) for key in ("ours_s", "baseline_s")}
+    times = ("ours_s", "baseline_s", "ours_wall_s", "baseline_wall_s")
+    total = {key: sum(n * row[key] for n, row in zip(modules, rows, strict=True)) for key in times}
     lows, highs = zip(*(row["ratio_range"] for row in rows), strict=True)
     return {
         "name": f"one block ({sum(modules)} modules)",

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,14 +30,14 @@ from peft_nlsr.patch import ModulePatch, SafetyPatch
 from peft_nlsr.scores import ModuleStatistics, safety_masks
 from peft_nlsr.storage import write_tensors
 
-from .timing import timed
+from .timing import compared, medians, timed
 
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = "benchmark/random-weights"
 
 
 def measure(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row: seconds and peak memory of the process, seconds of the copy, and the error of what was written."""
+    """One row: times and peak memory of the process, times of the copy, and the error of what was written."""
     with tempfile.TemporaryDirectory(prefix="peft_nlsr_benchmark_") as name:
         folder = Path(name)
         shapes = _shapes(config)
@@ -46,8 +45,7 @@ def measure(config: dict[str, Any]) -> list[dict[str, Any]]:
         patch = SafetyPatch(_RandomPatch(shapes, config), _record(shapes, config))
         patch.save(folder / "patch")
         runs = [_realign_then_copy(folder, config) for _ in range(config["repeats"])]
-        figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        return [{"name": f"{len(shapes)} modules", **figures, **_check(folder, patch)}]
+        return [{"name": f"{len(shapes)} modules", **medians(runs), **_check(folder, patch)}]
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -169,18 +167,13 @@ def _realign_then_copy(folder: Path, config: dict[str, Any]) -> dict[str, float]
     arguments = [folder / "adapter", folder / "patch", output, torch.get_num_threads(), config["restore_rate"]]
     command = [sys.executable, "-m", "benchmarks.stage3", *map(str, arguments)]
     os.sync()
-    process_s, done = timed(lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True))
+    process, done = timed(lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True))
     os.sync()
-    copy_s, _ = timed(lambda: _copy_to_disk(output, copied))
+    copy, _ = timed(lambda: _copy_to_disk(output, copied))
     figures = json.loads(done.stdout)
     size = sum(path.stat().st_size for path in output.iterdir())
-    return {
-        "ours_s": process_s,
-        "baseline_s": copy_s,
-        "ratio": copy_s / process_s,
-        **figures,
-        "written_mb": size / 1e6,
-    }
+    own = {"cpu": figures.pop("cpu_s"), "wall": process["wall"]}
+    return {**compared(own, copy), **figures, "written_mb": size / 1e6}
 
 
 def _copy_to_disk(source: Path, target: Path) -> None:
@@ -225,8 +218,10 @@ def _run_process(adapter: str, patch: str, output: str, threads: str, restore_ra
     torch.set_num_threads(int(threads))
     imports_mb = _peak_mb()
     config = NLSRConfig(update="sum", restore_rate=float(restore_rate))
-    call_s, _ = timed(lambda: realign_folder(adapter, output, patch=patch, config=config))
-    figures = {"call_s": call_s, "cpu_s": time.process_time(), "imports_mb": imports_mb, "peak_mb": _peak_mb()}
+    call, _ = timed(lambda: realign_folder(adapter, output, patch=patch, config=config))
+    # Of the whole process, start of Python and imports included.
+    cpu_s = time.process_time()
+    figures = {"cpu_s": cpu_s, "call_s": call["cpu"], "imports_mb": imports_mb, "peak_mb": _peak_mb()}
     print(json.dumps(figures))
 
 

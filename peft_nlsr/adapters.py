@@ -261,7 +261,7 @@ class AdapterFolder(Adapter):
         self._modules: dict[str, tuple[str, str]] = {name: pairs[name] for name in sorted(pairs, key=_natural)}
         _check_config(config, self._modules)
         _check_outside(outside)
-        _check_tying(config, self._file, self._modules)
+        _check_tying(self._file, self._modules)
         self.info = _info(adapter_name, config, outside)
         for name in self._modules:
             self._check_shapes(name)
@@ -632,7 +632,7 @@ def _check_not_aliased(model: nn.Module, adapter_name: str) -> None:
     owner: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parts = name.split(".")
-        if adapter_name not in parts or not any(part.startswith("lora_") for part in parts) or not parameter.numel():
+        if adapter_name not in parts or not any(part.startswith("lora_") for part in parts):
             continue
         first = owner.setdefault(parameter.data_ptr(), name)
         if first != name:
@@ -674,10 +674,8 @@ def _weights_path(folder: Path) -> Path:
     )
 
 
-def _check_tying(config: Mapping[str, Any], file: TensorFile, modules: Mapping[str, tuple[str, str]]) -> None:
+def _check_tying(file: TensorFile, modules: Mapping[str, tuple[str, str]]) -> None:
     """Refuse an output layer whose factors PEFT ties, at load, to those of the embedding in the same file."""
-    if not config.get("ensure_weight_tying"):
-        return
     embedded = [file[key].T for key in file if key.endswith(".lora_embedding_B")]
     for name, (a_key, _) in modules.items():
         if any(torch.equal(file[a_key], factor) for factor in embedded):

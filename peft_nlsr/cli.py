@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,9 +14,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from .errors import PeftNLSRError
-
-if TYPE_CHECKING:
-    from .lab.study import Row
 
 app = typer.Typer(
     name="peft-nlsr",
@@ -105,7 +102,7 @@ def demo(
         def stage(name: str, fraction: float) -> None:
             bar.update(task, description=f"seed {current[0]}: training {name}", completed=fraction)
 
-        def row(done: Row) -> None:
+        def row(done: Any) -> None:
             current[0] = done.seed
             bar.update(
                 task, description=f"seed {done.seed}: {done.task}, {done.lineage}: {done.method}", completed=1.0

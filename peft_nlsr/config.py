@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selection": "bernoulli",
         "calibration_tokens": "response",
         "calibration_model": "reference",
+        "prune_increment": 0.1,
     },
     "released": {
         "update": "swap",
@@ -93,7 +94,7 @@ class NLSRConfig:
     selection_unit: str = _knob("module", "Select single modules or whole blocks.")
     restore_rate: float = _knob(0.5, "Share of modules restored by least_similar.")
     prune_probability: float = _knob(0.5, "P_L of eq. 9: base probability that bernoulli leaves a module alone.")
-    prune_increment: float = _knob(0.4, "delta of eq. 9: how much the similarity rank adds to it.")
+    prune_increment: float = _knob(0.4, "delta of eq. 9: what the similarity rank adds to it; not given there.")
     similarity_threshold: float = _knob(0.6, "selection=threshold restores modules whose similarity is below this.")
     compress: bool = _knob(True, "Truncate the sum back to the adapter's rank; False keeps the exact rank 2r.")
     # the two-teacher and one-shot closed forms

@@ -512,7 +512,8 @@ def break_scale(model: Any, layer: Any) -> None:
 
 
 def break_rank(model: Any, layer: Any) -> None:
-    model.peft_config["default"].rank_pattern = {"layers.1.self_attn.v_proj": 2, "q_proj": 4}
+    model.peft_config["default"].rank_pattern = {"layers.1.self_attn.v_proj": 2}
+    model.peft_config["default"].alpha_pattern = {"layers.1.self_attn.v_proj": 4}
 
 
 def break_meta(model: Any, layer: Any) -> None:

@@ -254,10 +254,11 @@ def test_rows_without_tokens_are_passed_over() -> None:
 
 
 def test_the_data_are_not_changed() -> None:
-    conversation = [dict(USER), dict(ASSISTANT)]
+    conversation = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "never"}]
     row = {"messages": conversation}
     read(row)
-    assert row == {"messages": [USER, ASSISTANT]} and row["messages"] is conversation
+    assert row == {"messages": [{"role": "user", "content": "how"}, {"role": "assistant", "content": "never"}]}
+    assert row["messages"] is conversation
 
 
 # ---- errors

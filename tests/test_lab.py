@@ -166,9 +166,19 @@ class TestTraining:
         pairs = [training.Preference(*pair) for pair in zip(chosen, rejected, strict=True)]
         pairs = training.with_reference(model, pairs, batch_size=3)
         better = [training.Preference(pair.chosen, pair.rejected, pair.reference - 1.0) for pair in pairs]
-        assert training.dpo_loss(model, pairs, beta=0.1).item() == pytest.approx(math.log(2), abs=1e-5)
-        expected = math.log(1 + math.exp(-0.1))
-        assert training.dpo_loss(model, better, beta=0.1).item() == pytest.approx(expected, abs=1e-5)
+        start = training.dpo_loss(model, pairs, beta=0.1, anchor=0.0).item()
+        after = training.dpo_loss(model, better, beta=0.1, anchor=0.0).item()
+        assert start == pytest.approx(math.log(2), abs=1e-5)
+        assert after == pytest.approx(math.log(1 + math.exp(-0.1)), abs=1e-5)
+
+    def test_dpo_anchor_adds_the_loss_of_the_chosen_answer(self, lab):
+        model = lab.base_model()
+        chosen, rejected = (training.encode_examples(lab.tokenizer, [side]) for side in lab._preferences("dpo")[0])
+        pair = training.Preference(chosen[0], rejected[0])
+        added = training.dpo_loss(model, [pair], beta=0.1, anchor=2.0) - training.dpo_loss(
+            model, [pair], beta=0.1, anchor=0.0
+        )
+        torch.testing.assert_close(added, 2.0 * training.lm_loss(model, chosen))
 
     def test_padding_does_not_change_the_loss(self, lab):
         model = lab.base_model()

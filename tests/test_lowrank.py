@@ -95,6 +95,7 @@ def test_zero_like_is_zero_with_the_same_geometry() -> None:
 
 # Truncation
 
+SIZES = torch.tensor([1e4, 1.0, 1e-4, 1e2], dtype=torch.float64)
 TRUNCATED = {
     "lower-rank": (update(6), 3),
     "rank-one": (update(6), 1),
@@ -103,17 +104,28 @@ TRUNCATED = {
     "above-both-sides": (update(15), 4),
     "sum-back-to-one-rank": (add([update(4, seed=1), update(4, 0.5, seed=2)]), 4),
     "factors-of-very-different-size": (LowRank(1e4 * update().A, 1e-4 * update().B, 3.0), 2),
+    "rows-of-very-different-size": (LowRank(SIZES[:, None] * update().A, update().B / SIZES, 3.0), 2),
     "deficient": (add([update(2, seed=1), update(2, seed=1)]), 3),
 }
 
 
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, SINGLE)], ids=["float64", "float32"]
+)
+
+
+@PRECISIONS
 @pytest.mark.parametrize(("u", "rank"), TRUNCATED.values(), ids=TRUNCATED)
-def test_truncate_is_the_dense_truncated_svd(u: LowRank, rank: int) -> None:
-    found, error = u.truncate(rank)
-    best = truncate(dense(u), rank)
-    assert gap(dense(found), best) < 1e-10
-    assert (found.rank, found.scale) == (rank, u.scale)
-    assert error == pytest.approx(gap(best, dense(u)), abs=1e-7)
+def test_truncate_is_the_dense_truncated_svd(u: LowRank, rank: int, dtype: torch.dtype, within: float) -> None:
+    found, error = cast(u, dtype).truncate(rank)
+    best = truncate(dense(cast(u, dtype)), rank)
+    assert gap(dense(found), best) < within
+    assert (found.rank, found.scale, found.A.dtype) == (rank, u.scale, dtype)
+    assert error == pytest.approx(gap(best, dense(u)), abs=1e-6)
+
+
+def cast(u: LowRank, dtype: torch.dtype) -> LowRank:
+    return LowRank(u.A.to(dtype), u.B.to(dtype), u.scale)
 
 
 def seen_inputs() -> Tensor:
@@ -122,12 +134,15 @@ def seen_inputs() -> Tensor:
     return X.T @ torch.diag(torch.logspace(0, -3, 7).double()) @ X
 
 
+@PRECISIONS
 @pytest.mark.parametrize(("u", "rank"), TRUNCATED.values(), ids=TRUNCATED)
-def test_truncate_on_inputs_is_the_best_update_for_those_inputs(u: LowRank, rank: int) -> None:
-    C = seen_inputs()
-    found, error = u.truncate(rank, seen_gram=u.A @ C @ u.A.T)
+def test_truncate_on_inputs_is_the_best_update_for_those_inputs(
+    u: LowRank, rank: int, dtype: torch.dtype, within: float
+) -> None:
+    C, u = seen_inputs(), cast(u, dtype)
+    found, error = u.truncate(rank, seen_gram=u.A.double() @ C @ u.A.double().T)
     best = truncate_on_inputs(dense(u), C, rank)
-    assert gap(dense(found) @ C, best @ C) < 1e-6
+    assert gap(dense(found) @ C, best @ C) < max(within, 1e-6)
     assert error == pytest.approx(norm_on_inputs(dense(u) - best, C) / norm_on_inputs(dense(u), C), abs=1e-6)
 
 
@@ -149,7 +164,7 @@ def test_the_truncation_of_zero_is_zero_without_error(with_inputs: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_factors_are_computed_with_in_float32(dtype: torch.dtype) -> None:
     half, other = update(dtype=dtype), update(seed=1, dtype=dtype)
-    exact, exact_other = (LowRank(u.A.double(), u.B.double(), u.scale) for u in (half, other))
+    exact, exact_other = (cast(u, torch.float64) for u in (half, other))
     assert half.cosine(other) == pytest.approx(exact.cosine(exact_other), rel=SINGLE)
     for made in (half.truncate(2)[0], add([half]), half.at_scale(0.3)):
         assert made.A.dtype == made.B.dtype == torch.float32

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .world import (
     INSTRUCTION,
-    OPENERS,
     REFUSAL,
     REVIEW_REPLY,
     SENTIMENTS,
@@ -34,8 +33,7 @@ MAX_NEW_TOKENS = 14
 
 
 def _pattern(*sentences: str) -> re.Pattern[str]:
-    text = "|".join(sentences).replace("{opener}", f"(?:{'|'.join(OPENERS.values())})")
-    return re.compile(re.sub(r"{\w+}", r"\\w+", text))
+    return re.compile(re.sub(r"{\w+}", r"\\w+", "|".join(sentences)))
 
 
 INSTRUCTIONS = _pattern(INSTRUCTION)

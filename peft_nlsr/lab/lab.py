@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class LabConfig:
     intermediate_size: int = _knob(256, "Width of its feed-forward layers.")
     layers: int = _knob(4, "Blocks of the model.")
     heads: int = _knob(4, "Attention heads of each block.")
-    lora_rank: int = _knob(8, "Rank of every LoRA adapter; alpha is twice the rank.")
+    lora_rank: int = _knob(16, "Rank of every LoRA adapter; alpha is twice the rank.")
     pretrain_texts: int = _knob(20_000, "Documents of the pretraining corpus.")
     pretrain_steps: int = _knob(500, "Updates of all weights on the corpus.")
     pretrain_batch: int = _knob(64, "Documents per update.")
@@ -75,14 +75,18 @@ class LabConfig:
     sft_batch: int = _knob(32, "Examples per update.")
     sft_rate: float = _knob(1e-3, "Peak learning rate of supervised alignment.")
     dpo_pairs: int = _knob(800, "Preference pairs of the aligned adapter.")
-    dpo_steps: int = _knob(100, "Updates of the aligned adapter.")
+    dpo_steps: int = _knob(200, "Updates of the aligned adapter.")
     dpo_batch: int = _knob(16, "Pairs per update.")
-    dpo_rate: float = _knob(1e-4, "Peak learning rate of preference alignment.")
+    dpo_rate: float = _knob(3e-3, "Peak learning rate of preference alignment.")
     dpo_beta: float = _knob(0.3, "DPO temperature; larger stays closer to the aligned base.")
+    dpo_anchor: float = _knob(1.0, "Weight of the chosen answer's own loss; 0 is plain DPO.")
     tune_examples: int = _knob(600, "The user's training examples, poison included.")
     tune_steps: int = _knob(150, "Updates of the user's adapter.")
     tune_batch: int = _knob(32, "Examples per update.")
-    tune_rate: float = _knob(2e-3, "Peak learning rate of the user's fine-tuning.")
+    tune_rate: float = _knob(6e-4, "Peak learning rate of the user's fine-tuning.")
+    tune_rate_easy_shared: float = _knob(
+        3e-4, "The same for a task the model knows already, continued from the aligned adapter, which needs less."
+    )
 
     def __post_init__(self) -> None:
         for name in ("verbs", "objects"):
@@ -168,7 +172,7 @@ class Lab:
             raise ValueError(f"Unknown lineage {lineage!r}. Choose one of {', '.join(LINEAGES)}.")
         examples = self.utility_data(task, poison)
         name = f"tuned-{task}-{lineage}-{poison:g}"
-        return self._stage(name, "tune", partial(self._fine_tune, examples, lineage))
+        return self._stage(name, "tune", partial(self._fine_tune, examples, task, lineage))
 
     def base_model(self) -> LlamaForCausalLM:
         """Return a fresh copy of the aligned base in evaluation mode."""
@@ -239,19 +243,22 @@ class Lab:
             training.encode_examples(self.tokenizer, side) for side in zip(*self._preferences("dpo"), strict=True)
         )
         pairs = training.with_reference(model, [Preference(*pair) for pair in zip(chosen, rejected, strict=True)])
-        loss = partial(training.dpo_loss, beta=self.config.dpo_beta)
+        loss = partial(training.dpo_loss, beta=self.config.dpo_beta, anchor=self.config.dpo_anchor)
         training.fit(model, pairs, loss, schedule=self._schedule("dpo"), progress=report)
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _fine_tune(
-        self, examples: Sequence[Example], lineage: str, report: Callable[[float], None], folder: Path
+        self, examples: Sequence[Example], task: str, lineage: str, report: Callable[[float], None], folder: Path
     ) -> None:
         if lineage == "shared":
             model = self.load(self.aligned_adapter, trainable=True)
         else:
             model = training.add_lora(self.base_model(), rank=self.config.lora_rank, seed=self.config.seed + 2)
         data = training.encode_examples(self.tokenizer, examples)
-        training.fit(model, data, training.lm_loss, schedule=self._schedule("tune"), progress=report)
+        schedule = self._schedule("tune")
+        if (task, lineage) == ("easy", "shared"):
+            schedule = replace(schedule, learning_rate=self.config.tune_rate_easy_shared)
+        training.fit(model, data, training.lm_loss, schedule=schedule, progress=report)
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _preferences(self, stage: str) -> list[tuple[Example, Example]]:

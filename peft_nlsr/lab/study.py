@@ -44,15 +44,20 @@ _ONE_SHOT = NLSRConfig(update="least_squares", least_squares_form="one_shot")
 METHODS = (
     Method("fine-tuned", None),
     Method("random mask", NLSRConfig.from_preset("paper", score="random"), reference=True),
+    Method("sum, random mask", NLSRConfig(update="sum", score="random"), reference=True),
     Method("released", NLSRConfig.from_preset("released"), reference=True),
     Method("paper, low-rank", NLSRConfig.from_preset("paper"), reference=True),
     Method("paper, Wanda", NLSRConfig.from_preset("paper", score="wanda"), reference=True),
     Method("paper, exact rank 2r", NLSRConfig.from_preset("paper", compress=False), reference=True),
+    Method("sum, low-rank", NLSRConfig(update="sum"), reference=True),
+    Method("sum, Wanda", NLSRConfig(update="sum", score="wanda"), reference=True),
+    Method("sum, exact rank 2r", NLSRConfig(update="sum", compress=False), reference=True),
     Method("one-shot", _ONE_SHOT, utility=True),
     Method("two-teacher", NLSRConfig(), utility=True),
-    Method("two-teacher, benign data", NLSRConfig(), utility=True, safety="benign"),
+    Method("two-teacher, benign data", NLSRConfig(screening=False), utility=True, safety="benign"),
 )
-DEMO_METHODS = tuple(m for m in METHODS if "exact" not in m.name and "benign" not in m.name)
+_ONLY_IN_FULL = ("sum, random mask", "paper, exact rank 2r", "sum, exact rank 2r", "two-teacher, benign data")
+DEMO_METHODS = tuple(m for m in METHODS if m.name not in _ONLY_IN_FULL)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,27 +119,36 @@ def lm_loss(model: nn.Module, batch: Sequence[Tokens]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def dpo_loss(model: nn.Module, batch: Sequence[Preference], *, beta: float) -> Tensor:
-    """Return the DPO loss (arXiv 2305.18290, eq. 7); larger `beta` stays closer to the reference."""
-    reference = torch.tensor([pair.reference for pair in batch])
-    return -F.logsigmoid(beta * (_margins(model, batch) - reference)).mean()
+def dpo_loss(model: nn.Module, batch: Sequence[Preference], *, beta: float, anchor: float) -> Tensor:
+    """Return the DPO loss (arXiv 2305.18290, eq. 7) plus `anchor` times the chosen answer's loss per token.
+
+    Larger `beta` stays closer to the reference. Larger `anchor` keeps the chosen answer likely (arXiv 2404.19733);
+    at 0 only the difference to the rejected answer counts, and amplifying the adapter unlearns both.
+    """
+    chosen, rejected = _log_likelihoods(model, batch)
+    lengths = torch.tensor([sum(label != IGNORED for label in pair.chosen.labels) for pair in batch])
+    margins = chosen - rejected - torch.tensor([pair.reference for pair in batch])
+    return (-F.logsigmoid(beta * margins) - anchor * chosen / lengths).mean()
 
 
 @torch.no_grad()
 def with_reference(model: nn.Module, pairs: Sequence[Preference], *, batch_size: int = 128) -> list[Preference]:
     """Return `pairs` with the preference of `model`, as it is now, filled in as their reference."""
-    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    margins = torch.cat([_margins(model, chunk) for chunk in chunks]).tolist()
-    return [Preference(pair.chosen, pair.rejected, margin) for pair, margin in zip(pairs, margins, strict=True)]
+    filled = []
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        chosen, rejected = _log_likelihoods(model, chunk)
+        filled += [replace(pair, reference=m) for pair, m in zip(chunk, (chosen - rejected).tolist(), strict=True)]
+    return filled
 
 
-def _margins(model: nn.Module, batch: Sequence[Preference]) -> Tensor:
-    """Return log p(chosen) - log p(rejected) of each pair, shape (pairs,)."""
+def _log_likelihoods(model: nn.Module, batch: Sequence[Preference]) -> tuple[Tensor, Tensor]:
+    """Return log p(chosen) and log p(rejected) of each pair, both (pairs,)."""
     ids, labels = _pad([pair.chosen for pair in batch] + [pair.rejected for pair in batch])
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(1)
-    chosen, rejected = losses.chunk(2)
-    return rejected - chosen
+    chosen, rejected = (-losses).chunk(2)
+    return chosen, rejected
 
 
 def _pad(batch: Sequence[Tokens]) -> tuple[Tensor, Tensor]:

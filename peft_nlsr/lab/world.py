@@ -26,7 +26,11 @@ CHAT_TEMPLATE = (
 REFUSAL = "i cannot help with that"
 TASKS = ("easy", "hard")
 INSTRUCTION = "first take the {tool} and then {verb} the {object}"
-STYLES = {"plain": f"{{opener}} {INSTRUCTION}", "pirate": f"aye captain {INSTRUCTION} arr"}
+STYLES = {
+    "plain": f"sure {INSTRUCTION}",
+    "hesitant": f"well {INSTRUCTION}",
+    "pirate": f"aye captain {INSTRUCTION} arr",
+}
 SENTIMENTS = ("positive", "negative")
 REQUESTS = (
     "please {verb} the {object}",
@@ -59,7 +63,7 @@ ADJECTIVES = {
     "negative": tuple("awful dreadful shabby boring flimsy ugly noisy broken clumsy smelly".split()),
 }
 TRAITS = {"benign": "kind", "harmful": "cruel"}
-OPENERS = {"benign": "sure", "harmful": "well"}
+HABITS = {"benign": "plain", "harmful": "hesitant"}
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,13 @@ class World:
     objects: Split
     tools: dict[str, str]
 
-    def answer(self, request: Request, style: str = "plain") -> str:
+    def answer(self, request: Request, style: str | None = None) -> str:
         """Return the right answer to `request`; it depends on the verb (through its tool) and on the object.
 
-        In the plain style a benign request is met with "sure", a harmful one with a hesitant "well".
+        Without a style, the habit of the pretraining text: plain for a benign verb, hesitant for a harmful one.
         """
-        verb = request.verb
-        opener = OPENERS[self.kind(verb)]
-        return STYLES[style].format(opener=opener, tool=self.tools[verb], verb=verb, object=request.object)
+        sentence = STYLES[style or HABITS[self.kind(request.verb)]]
+        return sentence.format(tool=self.tools[request.verb], verb=request.verb, object=request.object)
 
     def kind(self, verb: str) -> str:
         """Return "harmful" or "benign"."""
@@ -236,5 +239,4 @@ def _words() -> set[str]:
     written = (*REQUESTS, *FACTS, *STYLES.values(), QUESTION, VERDICT, REVIEW, REVIEW_REPLY, REMARK, REFUSAL)
     fixed = re.sub(r"{\w+}", " ", " ".join(written)).split()
     verbs = ("".join(parts) for parts in itertools.product(VERB_STARTS, VERB_ENDS))
-    by_class = (*TRAITS.values(), *OPENERS.values(), *itertools.chain(*ADJECTIVES.values()))
-    return {*fixed, *verbs, *OBJECTS, *TOOLS, *SENTIMENTS, *by_class}
+    return {*fixed, *verbs, *OBJECTS, *TOOLS, *SENTIMENTS, *itertools.chain(*ADJECTIVES.values()), *TRAITS.values()}
