@@ -100,7 +100,7 @@ class NLSRConfig:
     # the two-teacher and one-shot closed forms
     utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
     ridge: float = _knob(1e-3, "eps: pull towards the fine-tuned update, relative to the mean input power.")
-    decision_weight: float = _knob(10.0, "Weight of the last prompt position, where an answer is begun.")
+    decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
     screening: bool = _knob(True, "Ask the safe teacher first; user prompts that it refuses join the safety data.")
     answer_tokens: int = _knob(16, "Greedy tokens generated when a teacher answers a prompt.")
     max_samples: int = _knob(320, "Examples used of each kind of data.")

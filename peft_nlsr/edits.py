@@ -19,7 +19,12 @@ EXACT_SVD_SIDE = 1024
 def masked(update: LowRank, masks: FactorPair, *, inside: bool = True) -> LowRank:
     """The update whose factors are zero outside the masks (``inside=False``: zero inside them), on their device."""
     mask_a, mask_b = masks if inside else (~masks[0], ~masks[1])
-    return LowRank(update.A.to(mask_a.device) * mask_a, update.B.to(mask_b.device) * mask_b, update.scale)
+    return LowRank(_where(mask_a, update.A), _where(mask_b, update.B), update.scale)
+
+
+def _where(mask: Tensor, factor: Tensor) -> Tensor:
+    """Not a product, which leaves -0.0 behind: the bits would differ from those of a saved patch."""
+    return torch.where(mask, factor.to(mask.device), torch.zeros((), dtype=factor.dtype, device=mask.device))
 
 
 def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compress: bool) -> tuple[LowRank, float]:

@@ -332,7 +332,7 @@ def test_a_folder_with_half_a_patch_names_the_missing_file(tmp_path: Path, patch
         SafetyPatch.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "no-such-patch", "org/no-such-patch", "not an id!"])
+@pytest.mark.parametrize("source", ["/no/such/folder", "no-such-patch", "org/no-such-patch", "not-an-id!"])
 def test_a_patch_that_is_nowhere_is_named(source: str) -> None:
     with pytest.raises(PeftNLSRError, match=r"no safety patch at .*no such folder, and from the Hub") as error:
         SafetyPatch.from_pretrained(source)

@@ -115,7 +115,7 @@ def paper_outcome(tuned: PeftModel, aligned: PeftModel, seed: int) -> Outcome:
         oracles.paper_reduce(amplified, inputs, 0.8),
         sparsity=0.8,
         P_L=0.5,
-        delta=0.4,
+        delta=0.1,
         draw=seeded_draw(seed),
     )
 
