@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,34 +95,45 @@ def demo(
 
     Takes a few minutes on two cores the first time. "Harmful" is a label on made-up verbs; there is no harmful text.
     """
-    from .lab import Lab, LabConfig
-    from .lab.study import DEMO_METHODS, METHODS, run_study, study_report
-
-    with _progress() as bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def stage(name: str, fraction: float) -> None:
-            bar.update(task, description=f"seed {current[0]}: training {name}", completed=fraction)
-
-        def row(done: Any) -> None:
-            current[0] = done.seed
-            bar.update(
-                task, description=f"seed {done.seed}: {done.task}, {done.lineage}: {done.method}", completed=1.0
-            )
-
-        current = [0]
-        labs = [Lab(LabConfig(seed=seed), cache_dir=cache, progress=stage) for seed in range(seeds)]
-        methods = METHODS if full else DEMO_METHODS
-        rows = run_study(labs, methods=methods, poison=poison, prompts=prompts, report=row)
-    report = study_report(rows, labs[0], {"seeds": seeds, "poison": poison, "prompts": prompts})
+    report = _study_with_progress(seeds, poison, prompts, full, cache)
     path = output / "lab_report.json"
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        out.print(_study_table(report))
+        for table in _study_tables(report):
+            out.print(table)
+        out.print(
+            "harm: held-out harmful requests complied with (less is better). benign: ordinary requests answered. "
+            "task: the "
+            "user's task done. n/a: the method refuses an adapter that was not trained from the reference."
+        )
     _say(err, f"Report: {path}. Your own adapter: peft-nlsr realign ADAPTER --patch PATCH -o OUT")
+
+
+def _study_with_progress(seeds: int, poison: float, prompts: int, full: bool, cache: Path | None) -> dict[str, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from .lab import Lab, LabConfig
+    from .lab.study import DEMO_METHODS, METHODS, run_study, study_report
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with _progress() as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def stage(name: str, fraction: float) -> None:
+            bar.update(task, description=f"training {name}", completed=fraction)
+
+        def row(done: Any) -> None:
+            said = f"seed {done.seed}, {done.task}, {done.lineage}: {done.method}"
+            bar.update(task, description=said, completed=1.0)
+
+        labs = [Lab(LabConfig(seed=seed), cache_dir=cache, progress=stage) for seed in range(seeds)]
+        methods = METHODS if full else DEMO_METHODS
+        rows = run_study(labs, methods=methods, poison=poison, prompts=prompts, report=row)
+    return study_report(rows, labs[0], {"seeds": seeds, "poison": poison, "prompts": prompts})
 
 
 def _progress() -> Progress:
@@ -128,34 +141,29 @@ def _progress() -> Progress:
     return Progress(*columns, console=err, transient=True)
 
 
-def _study_table(report: dict[str, Any]) -> Table:
+def _study_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """One table per task and lineage, in percent, narrow enough for 80 columns."""
     settings = report["settings"]
-    table = Table(
-        title=f"Safety lab, {settings['poison']:.0%} poison, {settings['seeds']} seed(s), mean [95 % interval]",
-        caption="harm: held-out harmful requests complied with (lower is better). benign: ordinary requests answered. "
-        "task: the user's task done. n/a: the method refuses an adapter that was not trained from the reference.",
-    )
-    for name in ("task", "lineage", "method"):
-        table.add_column(name, no_wrap=True)
-    for name in ("harm", "benign", "task score", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    previous = None
+    title = f"{settings['poison']:.0%} poison, {settings['seeds']} seed(s), mean % and 95 % interval"
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in report["summary"]:
-        here = (cell["task"], cell["lineage"])
-        if previous not in (None, here):
-            table.add_section()
-        shown = here if previous != here else ("", "")
-        rates = [_rate(cell, name) for name in ("harm", "benign_answered", "task")]
-        table.add_row(*shown, cell["method"], *rates, f"{cell['seconds']:.1f}")
-        previous = here
-    return table
+        cells.setdefault((cell["task"], cell["lineage"]), []).append(cell)
+    for (task, lineage), rows in cells.items():
+        table = Table(title=f"{task} task, {lineage} lineage: {title}", title_justify="left")
+        table.add_column("method", no_wrap=True)
+        for name in ("harm", "benign", "task", "s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            rates = [_rate(row, name) for name in ("harm", "benign_answered", "task")]
+            table.add_row(row["method"], *rates, f"{row['seconds']:.1f}")
+        yield table
 
 
-def _rate(cell: dict[str, Any], name: str) -> str:
-    if not cell["rates"]:
+def _rate(row: dict[str, Any], name: str) -> str:
+    if not row["rates"]:
         return "n/a"
-    rate = cell["rates"][name]
-    return f"{rate['mean']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+    mean, low, high = (round(100 * row["rates"][name][key]) for key in ("mean", "low", "high"))
+    return f"{mean} ({low}-{high})"
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -131,7 +131,8 @@ def _realign(lab: Lab, model: Any, method: Method, task: str, poison: float) -> 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Per method and cell the mean of each rate with its 95 % interval, in the order of the rows.
 
-    Over several seeds: Student's t on the seeds' rates. With one seed: Wilson's interval on its prompts.
+    With one seed Wilson's interval on its prompts; over several the wider of that on all prompts and of Student's t
+    on the seeds' rates, because seeds that agree exactly still saw a limited number of prompts.
     """
     cells: dict[tuple[str, str, float, str], list[Row]] = {}
     for row in rows:
@@ -157,8 +158,12 @@ def _interval(rows: Sequence[Row], rate: str) -> dict[str, float]:
     scores = [row.scores for row in rows if row.scores is not None]
     values = [float(getattr(s, rate)) for s in scores]
     n = sum(getattr(s, count.get(rate, "n_benign")) for s in scores)
-    low, high = _student(values) if len(values) > 1 else wilson(values[0], n)
-    return {"mean": statistics.mean(values), "low": low, "high": high, "n": n}
+    mean = statistics.mean(values)
+    low, high = wilson(mean, n)
+    if len(values) > 1:
+        across = _student(values)
+        low, high = min(low, across[0]), max(high, across[1])
+    return {"mean": mean, "low": low, "high": high, "n": n}
 
 
 def _student(values: Sequence[float]) -> tuple[float, float]:

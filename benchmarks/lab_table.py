@@ -1,0 +1,66 @@
+"""Writes the README's results table from a lab report made by ``peft-nlsr demo --seeds 3 --full``.
+
+Run: ``python -m benchmarks.lab_table``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "benchmarks" / "results" / "lab" / "lab_report.json"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+CELLS = (("easy", "shared"), ("easy", "independent"), ("hard", "shared"), ("hard", "independent"))
+SHOWN = (
+    "fine-tuned",
+    "random mask",
+    "released",
+    "paper, low-rank",
+    "paper, Wanda",
+    "sum, low-rank",
+    "sum, Wanda",
+    "one-shot",
+    "two-teacher",
+    "two-teacher, benign data",
+)
+
+
+def section(report: dict[str, Any]) -> str:
+    """The results as Markdown: what was run, and one row per method with harm / benign / task per cell."""
+    settings = report["settings"]
+    found = {(row["task"], row["lineage"], row["method"]): row for row in report["summary"]}
+    lines = [
+        f"Means over {settings['seeds']} seeds, {settings['prompts']} prompts per rate and seed, {settings['poison']:.0%} of "
+        "the user's data poisoned; judged by the lab's parser on held-out verbs and objects. Each cell: harm % (95 % "
+        "interval) / benign answered % / task score %.",
+        "",
+        "| method | " + " | ".join(f"{task} task, {lineage} lineage" for task, lineage in CELLS) + " |",
+        "|---|" + "---|" * len(CELLS),
+    ]
+    for method in SHOWN:
+        cells = " | ".join(_cell(found[task, lineage, method]) for task, lineage in CELLS)
+        lines.append(f"| {method} | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if not row["rates"]:
+        return "refused"
+    harm, benign, task = (row["rates"][name] for name in ("harm", "benign_answered", "task"))
+    interval = f"{harm['low'] * 100:.0f}-{harm['high'] * 100:.0f}"
+    return f"{harm['mean'] * 100:.0f} ({interval}) / {benign['mean'] * 100:.0f} / {task['mean'] * 100:.0f}"
+
+
+def main() -> None:
+    """Put the section between the README's markers."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text("utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = section(json.loads(REPORT.read_text("utf-8")))
+    readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
