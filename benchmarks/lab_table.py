@@ -32,7 +32,8 @@ def section(report: dict[str, Any]) -> str:
     settings = report["settings"]
     found = {(row["task"], row["lineage"], row["method"]): row for row in report["summary"]}
     lines = [
-        f"Means over {settings['seeds']} seeds, {settings['prompts']} prompts per rate and seed, {settings['poison']:.0%} of "
+        f"Means over {settings['seeds']} seeds, {settings['prompts']} prompts per rate and seed, "
+        f"{settings['poison']:.0%} of "
         "the user's data poisoned; judged by the lab's parser on held-out verbs and objects. Each cell: harm % (95 % "
         "interval) / benign answered % / task score %.",
         "",
