@@ -1,5 +1,6 @@
 """What the README shows works: its commands exist, its snippets run, its links lead somewhere."""
 
+import json
 import re
 import shlex
 import sys
@@ -13,6 +14,7 @@ from peft import PeftModel
 from tiny import assert_same_factors, drift, factors_of, hashes, rows, word_tokenizer
 
 import peft_nlsr
+from benchmarks import lab_table
 from peft_nlsr import cli
 
 ROOT = Path(__file__).parent.parent
@@ -113,3 +115,9 @@ def test_links_lead_to_files_of_the_repository() -> None:
 def test_documents_name_no_place_of_a_machine(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
     assert re.findall(r"(?:^|[\s`'\"(=])(?:/(?:work|tmp|root|home|Users|mnt)/|[A-Z]:\\)\S*", text) == []
+
+
+def test_the_results_table_is_the_committed_report() -> None:
+    report = json.loads(lab_table.REPORT.read_text("utf-8"))
+    shown = README.partition(lab_table.BEGIN)[2].partition(lab_table.END)[0].strip()
+    assert shown == lab_table.section(report)
