@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from tiny import drift, factors_of, hashes
 
-from peft_nlsr import NLSRConfig, Reference, cli, realign_folder
+from peft_nlsr import NLSRConfig, Reference, __main__, cli, realign_folder
 from peft_nlsr.nlsr import build_nlsr_patch
 
 MakeLora = Callable[..., PeftModel]
@@ -217,3 +217,10 @@ def test_an_error_of_ours_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["peft-nlsr", "realign", "adapter", "--patch", "patch", "-o", "out"])
     with pytest.raises(KeyError, match="a bug"):
         cli.main()
+
+
+def test_without_the_cli_extra_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "peft_nlsr.cli")
+    with pytest.raises(SystemExit, match=r"pip install 'peft-nlsr\[cli\]'"):
+        __main__.main()

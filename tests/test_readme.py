@@ -15,7 +15,7 @@ from tiny import assert_same_factors, drift, factors_of, hashes, rows, word_toke
 
 import peft_nlsr
 from benchmarks import lab_table
-from peft_nlsr import cli
+from peft_nlsr import __main__, cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -52,7 +52,7 @@ def test_two_commands_install_and_do_everything() -> None:
     assert demo == 'pip install ".[cli]" && peft-nlsr demo'
     assert tests == 'pip install -e ".[test]" && pytest -q'
     assert extra("cli") and extra("test")
-    assert 'peft-nlsr = "peft_nlsr.cli:main"' in PROJECT and callable(cli.main)
+    assert 'peft-nlsr = "peft_nlsr.__main__:main"' in PROJECT and callable(__main__.main)
 
 
 def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
