@@ -1,4 +1,4 @@
-"""Writes the README's results table from a lab report made by ``peft-nlsr demo --seeds 3 --full``.
+"""Writes the README's results table from a lab report made by ``peft-nlsr demo --seeds 5 --full``.
 
 Run: ``python -m benchmarks.lab_table``.
 """
