@@ -100,6 +100,13 @@ def test_padding_is_never_counted(make_pico_lora: MakeLora) -> None:
     assert_sums(collect(model, [pad(ROWS, extra=3)], moments=True), model, X)
 
 
+def test_labels_on_padding_are_not_an_answer(make_pico_lora: MakeLora) -> None:
+    model, batch = make_pico_lora(), pad(ROWS)
+    careless = {**batch, "labels": torch.where(batch["attention_mask"] == 1, batch["labels"], 0)}
+    found, expected = (collect(model, [b], tokens="response") for b in (careless, batch))
+    assert_same_statistics(found, expected)
+
+
 SPLITS: dict[str, list[dict[str, Tensor]]] = {
     "one-by-one": [pad([row]) for row in ROWS],
     "uneven": [pad(ROWS[:2]), pad(ROWS[2:])],
@@ -235,8 +242,8 @@ def test_encoder_and_decoder_modules_count_their_own_tokens(
     model = make()
     X = unpadded_inputs(model, [seq2seq_batch([row]) for row in ROWS])
     assert len({len(x) for x in X.values()}) == 2
-    batch = seq2seq_batch(ROWS, encoder=lengths[0], decoder=lengths[1])
-    assert_sums(collect(model, [batch], moments=True), model, X)
+    batches = [seq2seq_batch(rows, encoder=lengths[0], decoder=lengths[1]) for rows in (ROWS[:4], ROWS[4:])]
+    assert_sums(collect(model, batches, moments=True), model, X)
 
 
 @pytest.mark.parametrize("length", [5, 7], ids=["other-length", "same-length"])
@@ -413,6 +420,13 @@ def test_a_sketch_lies_below_the_moment_by_no_more_than_its_bound(decay: float, 
     assert moment.error <= 1.0 / rows
 
 
+def test_a_sketch_never_holds_more_than_twice_its_rows() -> None:
+    made = FrequentDirections(24, 4)
+    for part in spread(1.0).split(3):
+        made.add(part)
+        assert len(made.buffer) <= 8
+
+
 def test_a_sketch_with_as_many_rows_as_inputs_loses_nothing() -> None:
     X = spread(0.9)
     moment = sketch(X, X.shape[1], chunk=13).moment()
@@ -526,6 +540,11 @@ def test_an_unknown_kind_of_gradients_lists_the_choices(make_pico_lora: MakeLora
 
 def sequential(model: Any, batches: Any, **settings: Any) -> SafetyStatistics:
     return collect_sequential(model, batches, factors=None, config=NLSRConfig(), progress=False, **settings)
+
+
+def test_no_batches_are_an_error_in_the_sequential_order_too(make_pico_lora: MakeLora) -> None:
+    with pytest.raises(CalibrationError, match="empty"):
+        sequential(make_pico_lora(), [])
 
 
 @pytest.mark.parametrize("measure", [collect, sequential])
