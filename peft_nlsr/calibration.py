@@ -22,6 +22,7 @@ from .blocks import Factors, capture, find_blocks, playing, prove_chain, require
 from .config import NLSRConfig
 from .edits import masked
 from .errors import CalibrationError, CorruptFileError, IncompatibleError, UnsupportedAdapterError
+from .files import read_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
@@ -87,7 +88,7 @@ class SafetyStatistics(Mapping[str, ModuleStatistics]):
     def load(cls, folder: str | Path) -> SafetyStatistics:
         """Read what :meth:`save` wrote."""
         folder = Path(folder)
-        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        record = read_json(folder / RECORD_NAME)
         if record.get("schema_version") != SCHEMA_VERSION:
             raise CorruptFileError(
                 f"{folder / RECORD_NAME} has schema {record.get('schema_version')}, this version reads "

@@ -7,7 +7,6 @@ failure leaves the fine-tuned weights in memory and on disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -28,7 +27,8 @@ from .adapters import CONFIG_FILE, LiveAdapter
 from .config import NLSRConfig
 from .distributed import gathered_factors, on_rank_zero, write_updates
 from .errors import PeftNLSRError
-from .examples import Example, read_examples, rows_of
+from .examples import Example, rows_of, sample
+from .files import write_json
 from .gate import Measure, Outcome, measured, monitor
 from .generation import find_tokenizer
 from .hub import push_folder, stale_checkpoints
@@ -291,10 +291,7 @@ class NLSRCallback(TrainerCallback):
         source = self.utility if self.utility is not None else None if loader is None else rows_of(loader)
         if source is None or self.patch is not None:
             return []
-        config = self.config
-        return read_examples(
-            source, self.tokenizer, limit=2 * config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
-        )
+        return sample(source, self.tokenizer, self.config, times=2)
 
     def _tell(self, outcome: Outcome) -> None:
         """Numbers to the trainer's reporters, sentences to the log."""
@@ -384,7 +381,7 @@ def _mark_checkpoint(args: Any, state: Any) -> None:
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if args.should_save and folder.is_dir():
         status = {"realigned": False, "step": state.global_step}
-        (folder / STATUS_NAME).write_text(json.dumps(status) + "\n", "utf-8")
+        write_json(folder / STATUS_NAME, status)
 
 
 def _metrics(outcome: Outcome) -> dict[str, float]:

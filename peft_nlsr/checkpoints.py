@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from .adapters import WEIGHTS_FILE, AdapterFolder, factor_keys, natural_order
 from .edits import EXACT_SVD_SIDE
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
+from .files import read_json
 from .lowrank import LowRank
 from .storage import Spec, TensorFile, replace_folder, require_finite, write_tensors
 
@@ -105,7 +106,7 @@ class Checkpoint(Mapping[str, Spec]):
         self._local = Path(source).is_dir()
         self.model = None if self._local else self._source
         path = self._fetch("config.json")
-        self.config: dict[str, Any] = {} if path is None else _read_object(path)
+        self.config: dict[str, Any] = {} if path is None else read_json(path)
         self._shard_of = self._read_index()
         self._shards: dict[str, _RowFile] = {}
 
@@ -140,7 +141,7 @@ class Checkpoint(Mapping[str, Spec]):
     def _read_index(self) -> dict[str, str]:
         index = self._fetch(_INDEX)
         if index is not None:
-            shards = _read_object(index).get("weight_map")
+            shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise CorruptFileError(f"{index} holds no weight_map from tensors to files; download it again")
             return shards
@@ -538,13 +539,3 @@ def _write(output: Path, record: CheckpointRecord, unfinished: Path) -> None:
         (folder / RECORD_NAME).write_text(text + "\n", "utf-8")
 
     replace_folder(output, fill)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content

@@ -21,10 +21,9 @@ from .card import PICTURES, stale_card, update_card
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
-from .files import write_json, write_text
+from .files import read_json, read_text, write_json, write_text
 from .hub import CARD_NAME
 from .lowrank import LowRank
-from .patch import read_json
 from .record import DIFF_NAME, Diff, Realignment, fingerprint, without_base, write_diff
 from .report import REPORT_NAME, SafetyReport
 
@@ -292,11 +291,3 @@ def readme_of(folder: Path, adapter_name: str) -> Path:
         if "library_name: peft" in (read_text(above) or ""):
             return above
     return folder / CARD_NAME
-
-
-def read_text(path: Path) -> str | None:
-    """A text file with its line ends as they are; None when there is none."""
-    if not path.is_file():
-        return None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return file.read()

@@ -19,7 +19,7 @@ import torch
 from .controls import BENIGN, CONTROLS, MATCHED, Size, as_realignment, entries_of, size_of
 from .errors import CorruptFileError, PeftNLSRError
 from .evaluation import Evaluation, Measurement
-from .files import write_json
+from .files import read_json, write_json
 from .intervals import McNemar, mcnemar, student_mean, wilson
 from .measuring import EvaluationSettings
 from .planning import Method, Planned, Planner, as_rows, data_digest
@@ -27,7 +27,7 @@ from .plots import pareto
 from .realign import apply, revert
 from .record import Realignment, versions
 from .report import metric, say_p, say_value
-from .result_file import ResultFile, key_of, read_object
+from .result_file import OTHERWISE, ResultFile, key_of
 
 SCHEMA_VERSION = 1
 FINE_TUNED = "fine-tuned"
@@ -153,7 +153,7 @@ class Comparison:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:
         """Read what :meth:`save` wrote."""
-        return cls.from_dict(read_object(Path(path)))
+        return cls.from_dict(read_json(Path(path), OTHERWISE))
 
     def to_markdown(self) -> str:
         """The table in Markdown, and a line per row that says what was done or why not."""

@@ -6,7 +6,6 @@ The help text of a field exists once, in its metadata; the command line and the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PeftNLSRError
-from .files import write_json
+from .errors import CorruptFileError, PeftNLSRError
+from .files import read_json, write_json
 from .hub import fetch, push_folder, staging
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ class NLSRConfig:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write ``nlsr_config.json`` into a folder (made when missing), keeping the record that may be in it."""
         path = Path(save_directory) / CONFIG_NAME
-        content = _read_object(path) if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
         content["config"] = self.to_dict()
         write_json(path, content)
         return path
@@ -247,9 +246,9 @@ class NLSRConfig:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(str(source), CONFIG_NAME, revision=revision))
-        content = _read_object(path)
+        content = read_json(path)
         if not isinstance(content.get("config"), dict):
-            raise ValueError(f"{path} holds no 'config' object, found the keys {', '.join(content) or '(none)'}")
+            raise CorruptFileError(f"{path} holds no 'config' object, found the keys {', '.join(content) or '(none)'}")
         return cls.from_dict(content["config"])
 
     def push_to_hub(
@@ -271,7 +270,7 @@ class NLSRConfig:
         present = fetch(repo_id, CONFIG_NAME, revision=revision, token=token)
         with staging() as folder:
             if present is not None:
-                _require_same_settings(self, _read_object(present), repo_id)
+                _require_same_settings(self, read_json(present), repo_id)
                 shutil.copyfile(present, folder / CONFIG_NAME)
             self.save_pretrained(folder)
             return push_folder(
@@ -291,16 +290,6 @@ def _require_same_settings(config: NLSRConfig, present: dict[str, Any], repo_id:
             f"{repo_id} holds the record of a realignment that was made with other settings, which these would "
             "contradict; push them to a repository of their own"
         )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); write it again with save_pretrained") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _check(

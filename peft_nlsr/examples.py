@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import NLSRConfig
 from .errors import CalibrationError, PeftNLSRError
 
 ACCEPTED = (
@@ -65,6 +66,13 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
     if not found:
         raise CalibrationError(f"the data hold no examples with tokens; give an iterable of {ACCEPTED}")
     return found[:limit]
+
+
+def sample(data: Iterable[Any], tokenizer: Any, config: NLSRConfig, *, times: int = 1) -> list[Example]:
+    """As many examples as the configuration asks for, or so many times as many; see :func:`read_examples`."""
+    return read_examples(
+        data, tokenizer, limit=times * config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
+    )
 
 
 def _rows(data: Iterable[Any], limit: int, seed: int) -> Iterator[tuple[int, Any]]:

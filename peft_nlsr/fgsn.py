@@ -32,9 +32,9 @@ from .blocks import capture, find_blocks, playing, require_active, run_block
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CalibrationError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, batches_of, collate
+from .files import read_json
 from .generation import quiet
 from .lowrank import LowRank
-from .patch import read_json
 from .projection import Projection, projection_of
 from .record import DIFF_NAME, Diff, Realignment
 

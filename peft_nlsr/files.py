@@ -1,4 +1,5 @@
-"""Files and folders that appear whole or not at all: made under a hidden name, put on disk, then renamed."""
+"""Files and folders that appear whole or not at all: made under a hidden name, put on disk, then renamed; and how text
+and JSON are read back."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from .errors import CorruptFileError
 
 
 @contextlib.contextmanager
@@ -32,6 +35,29 @@ def sync(path: Path) -> None:
     """Wait until a file's content is on disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def read_text(path: Path) -> str | None:
+    """A text file with its line ends as they are; None when there is none."""
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return file.read()
+
+
+def read_json(path: Path, advice: str = "download it again, or write it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CorruptFileError: the file holds something else; the text ends with the advice.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not JSON ({error}); {advice}") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 from .adapters import CONFIG_FILE, AdapterFolder, open_adapter
 from .baselines import add_safety_vector
 from .card import stale_card
-from .claims import Claim, read_text, write_claim
+from .claims import Claim, write_claim
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
-from .files import write_text
+from .files import read_json, read_text, write_text
 from .hub import CARD_NAME, is_hub_id
 from .lowrank import LowRank
 from .nlsr import decide, restore
-from .patch import SafetyPatch, read_json
+from .patch import SafetyPatch
 from .projection import read_delta
 from .record import (
     DIFF_NAME,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError
+from .files import read_json
 from .hub import push_folder, staging
 from .lowrank import LowRank
 from .scores import FactorPair
@@ -173,21 +174,6 @@ class SafetyPatch(Mapping[str, ModulePatch]):
                 commit_message=commit_message or "Upload safety patch",
                 token=token,
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CorruptFileError: the file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not JSON ({error}); download it again, or write it again") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _specs(modules: Mapping[str, Any]) -> dict[str, Spec]:

@@ -14,7 +14,7 @@ from .adapters import LiveAdapter, open_adapter
 from .calibration import SafetyStatistics, calibrate
 from .config import NLSRConfig
 from .errors import PeftNLSRError
-from .examples import collated, read_examples
+from .examples import collated, read_examples, sample
 from .generation import find_tokenizer, model_digest
 from .judges import Judge, refuses
 from .lowrank import LowRank
@@ -216,13 +216,7 @@ class Planner:
         """Statistics for the amplified reference, or for it at another size where masks do not depend on that."""
         key = (_identity(source.updates), _identity(weak), *_statistics_key(config, weak))
         if key not in self._statistics:
-            examples = read_examples(
-                self.calibration or [],
-                self.tokenizer,
-                limit=config.max_samples,
-                max_length=config.max_length,
-                seed=config.nlsr_seed,
-            )
+            examples = sample(self.calibration or [], self.tokenizer, config)
             batches = collated(examples, config.nlsr_batch_size, padding_of(self.tokenizer))
             self._statistics[key] = calibrate(self.adapter, batches, amplified, config, progress=self.progress)
         return self._statistics[key]

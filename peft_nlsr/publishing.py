@@ -22,12 +22,11 @@ from torch import nn
 from yaml import YAMLError
 
 from .adapters import CONFIG_FILE, AdapterFolder, LiveAdapter
-from .claims import CLAIM_FILES, Claim, read_text, settle, unclaimed
+from .claims import CLAIM_FILES, Claim, settle, unclaimed
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError
-from .files import write_text
+from .files import read_json, read_text, write_text
 from .hub import CARD_NAME, fetch, files_to_push, is_hub_id, push_folder, staging, stale_checkpoints
-from .patch import read_json
 from .record import fingerprint
 from .report import REPORT_NAME
 

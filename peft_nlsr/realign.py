@@ -24,7 +24,7 @@ from .calibration import calibrate, collect_statistics
 from .config import NLSRConfig
 from .edits import restore_one_shot
 from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
-from .examples import Example, collated, read_examples
+from .examples import Example, collated, sample
 from .generation import find_tokenizer
 from .judges import Judge, refuses
 from .lowrank import LowRank
@@ -255,12 +255,10 @@ class _Data:
     def examples(self, kind: str, adapter: LiveAdapter, config: NLSRConfig) -> tuple[list[Example], dict[str, Any]]:
         """The caller's ``safety`` or ``benign`` data as they are, or the built-in prompts of that kind; the record."""
         given = self.calibration if kind == "safety" else self.utility
-        found = read_examples(
+        found = sample(
             [{"prompt": prompt.text} for prompt in builtin_prompts(kind, "calibration")] if given is None else given,
             self.tokenizer(adapter),
-            limit=config.max_samples,
-            max_length=config.max_length,
-            seed=config.nlsr_seed,
+            config,
         )
         return found, {"source": "built-in prompts" if given is None else "given", "used": len(found)}
 
@@ -378,9 +376,7 @@ def _build_patch(
             f"score={config.score!r} needs safety examples with answers: pass calibration=..., or a finished patch=..."
         )
     tokenizer = data.tokenizer(adapter)
-    examples = read_examples(
-        data.calibration, tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
-    )
+    examples = sample(data.calibration, tokenizer, config)
     batches = collated(examples, config.nlsr_batch_size, padding_of(tokenizer))
     statistics = calibrate(adapter, batches, amplified, config, progress=data.progress)
     return build_nlsr_patch(amplified, statistics, config), {"safety": {"source": "given", "used": len(examples)}}

@@ -20,10 +20,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
 from .adapters import CONFIG_FILE
-from .claims import Claim, read_text, settle, settle_card, unclaimed
+from .claims import Claim, settle, settle_card, unclaimed
 from .config import CONFIG_NAME
 from .errors import PeftNLSRError
-from .files import write_text
+from .files import read_text, write_text
 from .hub import CARD_NAME, delete_files, fetch, files_there, push_folder, staging
 from .record import DIFF_NAME, Realignment
 from .report import REPORT_NAME, SafetyReport

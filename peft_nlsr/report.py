@@ -19,9 +19,8 @@ from typing import Any
 from .config import NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .evaluation import Evaluation, Measurement
-from .files import write_json
+from .files import read_json, write_json
 from .intervals import McNemar, mcnemar
-from .patch import read_json
 
 REPORT_NAME = "safety_report.json"
 SCHEMA_VERSION = 1

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorruptFileError, IncompatibleError
-from .files import write_json
+from .files import read_json, write_json
 
 SCHEMA_VERSION = 1
+OTHERWISE = "remove it, or give another file"
 
 
 def key_of(values: Any) -> str:
@@ -53,7 +54,7 @@ class ResultFile:
             write_json(self._path, {**self._head, "results": self._results})
 
     def _read(self, path: Path) -> dict[str, Any]:
-        content = read_object(path)
+        content = read_json(path, OTHERWISE)
         if not isinstance(content.get("results"), dict):
             raise CorruptFileError(f"{path.name} holds no results of an earlier run; remove it, or give another file")
         found, expected = content.get("made_with"), self._head["made_with"]
@@ -64,18 +65,3 @@ class ResultFile:
                 "model, each data set and each set of prompts a file of its own"
             )
         return content["results"]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CorruptFileError: the file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path.name} is not JSON ({error}); remove it, or give another file") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{path.name} holds a JSON {type(content).__name__}, expected an object")
-    return content

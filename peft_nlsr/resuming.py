@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .edits import Solved
 from .errors import CorruptFileError, IncompatibleError
+from .files import read_json, write_json
 from .lowrank import LowRank
 from .storage import Spec, TensorFile, write_tensors
 
@@ -37,14 +38,11 @@ class SolvedBlocks:
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
         self.folder = folder
         self._described = folder / MADE_FROM_NAME
-        found = _read(self._described)
+        found = read_json(self._described, "give another work_dir") if self._described.exists() else None
         content = {"schema_version": SCHEMA_VERSION, **made_from}
         if found is None:
             _require_empty(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._described.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-            temporary.replace(self._described)
+            write_json(self._described, content)
         elif found != json.loads(json.dumps(content)):
             differ = sorted(key for key in {*found, *content} if found.get(key) != content.get(key))
             raise IncompatibleError(
@@ -98,16 +96,6 @@ class SolvedBlocks:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:04d}.safetensors"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not JSON; give another work_dir") from error
-    return content
 
 
 def _require_empty(folder: Path) -> None:

@@ -19,7 +19,7 @@ from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
-from .examples import Example, batches_of, knows_words, read_examples
+from .examples import Example, batches_of, knows_words, sample
 from .generation import generate_answers, pad_id, quiet
 from .judges import Judge, verdicts_of
 from .prompts import REFUSALS, builtin_prompts
@@ -93,9 +93,7 @@ def _utility(
     if utility is None:
         kept, record, notes = _stand_in(asking)
         return kept, [], record, notes
-    rows = read_examples(
-        utility, asking.tokenizer, limit=2 * config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
-    )
+    rows = sample(utility, asking.tokenizer, config, times=2)
     if not config.screening:
         kept = rows[: config.max_samples]
         return kept, [], {"utility": {"source": "given", "used": len(kept)}}, ()
@@ -182,9 +180,7 @@ def safest(
     if calibration is None and not asking.knows(_rows("safety")):
         return candidates[0]
     source = _rows("safety") if calibration is None else calibration
-    prompts = read_examples(
-        source, tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
-    )
+    prompts = sample(source, tokenizer, config)
     prompts = [e for e in prompts if e.prompt]
     counts: list[int] = []
     with quiet(adapter.model), torch.no_grad():
@@ -239,9 +235,7 @@ def _safety(
     source = calibration if calibration is not None else _rows("safety")
     if calibration is None and not asking.knows(_rows("safety")):
         return [], {"safety": {"source": "built-in prompts", "used": 0}}, (_NOT_OUR_LANGUAGE,)
-    examples = read_examples(
-        source, asking.tokenizer, limit=config.max_samples, max_length=config.max_length, seed=config.nlsr_seed
-    )
+    examples = sample(source, asking.tokenizer, config)
     answered = [e for e in examples if e.answer]
     open_prompts = [e for e in examples if not e.answer]
     notes: tuple[str, ...] = ()
@@ -275,13 +269,7 @@ def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str
     config = asking.config
     if not asking.knows(_rows("benign")):
         raise CalibrationError(f"{_NOT_OUR_LANGUAGE}, and no utility data were given; pass utility=<training data>")
-    prompts = read_examples(
-        _rows("benign") + _rows("lookalike"),
-        asking.tokenizer,
-        limit=config.max_samples,
-        max_length=config.max_length,
-        seed=config.nlsr_seed,
-    )
+    prompts = sample(_rows("benign") + _rows("lookalike"), asking.tokenizer, config)
     replies = asking.answers(prompts, "fine-tuned model answers benign prompts")
     note = (
         "no utility data were given: the fine-tuned model's answers to built-in benign prompts stand in, so skills "

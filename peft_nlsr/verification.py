@@ -18,12 +18,12 @@ from huggingface_hub import ModelCard
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from .card import PICTURES, stale_card, update_card
-from .claims import Claim, read_text, readme_of
+from .claims import Claim, readme_of
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
+from .files import read_json, read_text
 from .hub import CARD_NAME
-from .patch import read_json
 from .record import DIFF_NAME, Diff, fingerprint, versions
 from .report import REPORT_NAME, SafetyReport
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peft_nlsr import NLSRConfig
+from peft_nlsr import CorruptFileError, NLSRConfig
 from peft_nlsr.config import CHOICES, CONFIG_NAME, PRESETS, SCHEMA_VERSION
 
 FIELDS = {field.name: field for field in dataclasses.fields(NLSRConfig)}
@@ -215,7 +215,7 @@ def test_saving_keeps_the_record_beside_the_settings(tmp_path: Path) -> None:
 )
 def test_a_file_that_holds_no_settings_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / CONFIG_NAME).write_text(text)
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(CorruptFileError, match=words) as error:
         NLSRConfig.from_pretrained(tmp_path)
     assert str(tmp_path / CONFIG_NAME) in str(error.value)
 
@@ -223,7 +223,7 @@ def test_a_file_that_holds_no_settings_is_refused_with_its_name(tmp_path: Path, 
 @pytest.mark.parametrize("text", ["{", "[1]"], ids=["broken", "list"])
 def test_a_file_that_is_not_understood_is_not_overwritten(tmp_path: Path, text: str) -> None:
     (tmp_path / CONFIG_NAME).write_text(text)
-    with pytest.raises(ValueError, match=CONFIG_NAME):
+    with pytest.raises(CorruptFileError, match=CONFIG_NAME):
         NLSRConfig().save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == text
 

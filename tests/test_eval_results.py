@@ -23,7 +23,7 @@ from transformers import Trainer
 
 from peft_nlsr import CorruptFileError, Evaluation, PromptSet, SafetyReport, evaluate, nlsr_realign, push_realigned
 from peft_nlsr.eval_results import RESULTS_NAME, eval_results
-from peft_nlsr.patch import read_json
+from peft_nlsr.files import read_json
 from peft_nlsr.prompt_sets import HubPrompts, load_prompt_set
 from peft_nlsr.registration import keep_with_adapter
 from peft_nlsr.report import REPORT_NAME

@@ -73,7 +73,7 @@ def planned_on(loaded: Loaded, config: NLSRConfig, given: Teaching) -> Realignme
 
 def measured_on(loaded: Loaded, planned: Realignment, given: Teaching, gate: Gate) -> Outcome:
     """The plan with evaluations before and after, and the verdict of the gate; the model is as it was afterwards."""
-    from ..examples import read_examples
+    from ..examples import sample
     from ..gate import Measure, measured
 
     measure = Measure(
@@ -87,11 +87,5 @@ def measured_on(loaded: Loaded, planned: Realignment, given: Teaching, gate: Gat
     config = planned.config
     rows = []
     if given.utility is not None:
-        rows = read_examples(
-            given.utility,
-            loaded.tokenizer,
-            limit=config.max_samples,
-            max_length=config.max_length,
-            seed=config.nlsr_seed,
-        )
+        rows = sample(given.utility, loaded.tokenizer, config)
     return measured(loaded.model, planned, measure, rows)

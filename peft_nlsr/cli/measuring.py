@@ -219,7 +219,7 @@ def _report_of(adapter: Path, before: Path | None, after: Path | None) -> Safety
 def _evaluation(path: Path) -> Any:
     from ..errors import CorruptFileError, PeftNLSRError
     from ..evaluation import Evaluation
-    from ..patch import read_json
+    from ..files import read_json
 
     if not path.is_file():
         raise PeftNLSRError(f"the evaluation {path} does not exist; write one with: peft-nlsr evaluate ... -o {path}")
