@@ -27,7 +27,7 @@ from peft_nlsr.edits import masked
 from peft_nlsr.folders import realign_folder
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.patch import ModulePatch, SafetyPatch
-from peft_nlsr.scores import ModuleStatistics, safety_masks
+from peft_nlsr.scores import InputSketch, ModuleStatistics, safety_masks
 from peft_nlsr.storage import write_tensors
 
 from .timing import compared, medians, timed
@@ -42,7 +42,7 @@ def measure(config: dict[str, Any]) -> list[dict[str, Any]]:
         folder = Path(name)
         shapes = _shapes(config)
         _write_adapter(folder / "adapter", shapes, config)
-        patch = SafetyPatch(_RandomPatch(shapes, config), _record(shapes, config))
+        patch = SafetyPatch(_RandomPatch(shapes, config), _record(shapes, config), _RandomInputs(shapes, config))
         patch.save(folder / "patch")
         runs = [_realign_then_copy(folder, config) for _ in range(config["repeats"])]
         return [{"name": f"{len(shapes)} modules", **medians(runs), **_check(folder, patch)}]
@@ -136,6 +136,27 @@ class _RandomPatch(Mapping[str, ModulePatch]):
         return len(self._shapes)
 
 
+class _RandomInputs(Mapping[str, InputSketch]):
+    """What the reference saw of each module's inputs, made when asked for."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: dict[str, Any]) -> None:
+        self._index = {name: index for index, name in enumerate(shapes)}
+        self._shapes, self._rank = shapes, config["rank"]
+
+    def __getitem__(self, module: str) -> InputSketch:
+        generator = torch.Generator().manual_seed(20_000 + self._index[module])
+        d_in = self._shapes[module][1]
+        strength = torch.arange(1, self._rank + 1).float().rsqrt()[:, None]
+        rows = torch.randn(self._rank, d_in, generator=generator) * strength
+        return InputSketch(rows.bfloat16(), torch.rand(d_in, generator=generator))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def _record(shapes: Mapping[str, tuple[int, int]], config: dict[str, Any]) -> dict[str, Any]:
     rank = config["rank"]
 
@@ -153,6 +174,7 @@ def _record(shapes: Mapping[str, tuple[int, int]], config: dict[str, Any]) -> di
                 "scale": config["alpha"] / rank,
                 "kept_A": kept(rank * d_in),
                 "kept_B": kept(d_out * rank),
+                "inputs": rank,
             }
             for name, (d_out, d_in) in shapes.items()
         },
@@ -193,19 +215,21 @@ def _check(folder: Path, patch: SafetyPatch) -> dict[str, Any]:
         if not (torch.equal(before[name].A, after[name].A) and torch.equal(before[name].B, after[name].B)):
             raise ValueError(f"{name} was not selected, but its weights changed")
     smallest = min(restored, key=lambda name: math.prod(before[name].shape))
-    wanted = _dense_restored(before[smallest], patch[smallest])
+    wanted = _dense_restored(before[smallest], patch[smallest], patch.inputs[smallest])
     error = float((after[smallest].dense().double() - wanted).norm() / wanted.norm())
     return {"restored": len(restored), "error": error}
 
 
-def _dense_restored(tuned: LowRank, module: ModulePatch) -> Tensor:
-    """NLSR eq. 12 as it is written, with full matrices in float64, cut to the adapter's rank by a full SVD."""
+def _dense_restored(tuned: LowRank, module: ModulePatch, inputs: InputSketch) -> Tensor:
+    """NLSR eq. 12 as it is written, with full matrices in float64, cut to the rank that is best for the inputs."""
     safe, rest = (
         update.scale * (update.B.double() @ update.A.double())
         for update in (module.reference, masked(tuned, module.masks, inside=False))
     )
-    U, S, Vh = torch.linalg.svd(safe + rest, full_matrices=False)
-    return (U[:, : tuned.rank] * S[: tuned.rank]) @ Vh[: tuned.rank]
+    total, rows = safe + rest, inputs.rows.double()
+    seen = (total @ rows.T) @ (total @ rows.T).T + (total * inputs.rest.double()) @ total.T
+    left = torch.linalg.eigh(seen).eigenvectors[:, -tuned.rank :]
+    return left @ (left.T @ total)
 
 
 def _peak_mb() -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def _tensors_of(statistics: ModuleStatistics) -> dict[str, Tensor]:
         "grad_B": statistics.grad_B,
         "moment": moment.full if moment else None,
         "moment_rows": moment.rows if moment else None,
+        "x_code": statistics.x_code,
     }
     return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
@@ -119,7 +120,13 @@ def _statistics_from(file: TensorFile, name: str, count: Mapping[str, Any]) -> M
     full, rows = read("moment"), read("moment_rows")
     moment = None if full is None and rows is None else Moment(full=full, rows=rows, error=count["sketch_error"])
     return ModuleStatistics(
-        count["tokens"], file[f"{name}.z_gram"], file[f"{name}.x_square"], read("grad_A"), read("grad_B"), moment
+        count["tokens"],
+        file[f"{name}.z_gram"],
+        file[f"{name}.x_square"],
+        read("grad_A"),
+        read("grad_B"),
+        moment,
+        read("x_code"),
     )
 
 
@@ -167,16 +174,19 @@ class _Sums:
     x_square: Tensor | None = None
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
+    x_code: Tensor | None = None
     full: Tensor | None = None
     sketch: FrequentDirections | None = None
 
-    def add(self, x: Tensor, moments: bool, sketch_above: int, sketch_rows: int) -> None:
+    def add(self, x: Tensor, codes: bool, moments: bool, sketch_above: int, sketch_rows: int) -> None:
         """Count token rows ``x (n, d_in)``."""
         x = x.float()
         z = x @ self.update.A.to(x).T
         self.tokens += len(x)
         self.z_gram = _plus(self.z_gram, z.T @ z)
         self.x_square = _plus(self.x_square, x.square().sum(dim=0))
+        if codes:
+            self.x_code = _plus(self.x_code, x.T @ z)
         if moments and x.shape[1] <= sketch_above:
             self.full = _plus(self.full, x.T @ x)
         elif moments:
@@ -190,7 +200,7 @@ class _Sums:
                 "masked; check the data's attention_mask and labels, or leave the module out of the adapter"
             )
         moment = self.sketch.moment() if self.sketch else Moment(full=self.full) if self.full is not None else None
-        return ModuleStatistics(self.tokens, self.z_gram, self.x_square, self.grad_A, self.grad_B, moment)
+        return ModuleStatistics(self.tokens, self.z_gram, self.x_square, self.grad_A, self.grad_B, moment, self.x_code)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -248,10 +258,10 @@ class _Pass:
 
     sums: dict[str, _Sums]
     mask: _TokenMask
-    moments: bool
-    sketch_above: int
-    sketch_rows: int
-    seen: set[str] = field(default_factory=set)
+    codes: bool
+    moments: bool = False
+    sketch_above: int = 0
+    sketch_rows: int = 0
 
     @contextmanager
     def hooks(self, layers: Mapping[str, Any], encoder: nn.Module | None) -> Iterator[None]:
@@ -272,7 +282,7 @@ class _Pass:
 
     def _note(self, name: str, x: Tensor) -> None:
         rows = self.mask.rows(x.detach(), name)
-        self.sums[name].add(rows, self.moments, self.sketch_above, self.sketch_rows)
+        self.sums[name].add(rows, self.codes, self.moments, self.sketch_above, self.sketch_rows)
 
     def finish(self) -> dict[str, ModuleStatistics]:
         return {name: sums.finish(name) for name, sums in self.sums.items()}
@@ -287,6 +297,7 @@ def collect_statistics(
     run_with_factors: bool = False,
     tokens: str = "all",
     gradients: str | None = None,
+    codes: bool = False,
     moments: bool = False,
     sketch_above: int = 2048,
     sketch_rows: int = 256,
@@ -302,6 +313,7 @@ def collect_statistics(
         run_with_factors: the model also computes with ``factors`` (the papers' identification) instead of its own.
         tokens: ``all`` attended tokens, or the ``response`` (labels that are not -100).
         gradients: None, ``snip`` or ``preference_snip``: also sum absolute per-sample gradients.
+        codes: also sum ``x z^T``, by which a patch cuts ``sum`` to the adapter's rank (:class:`InputSketch`).
         moments: also keep the inputs' second moments, exact up to ``sketch_above`` inputs, else as a
             frequent-directions sketch of ``sketch_rows`` rows with its measured error bound.
 
@@ -315,7 +327,7 @@ def collect_statistics(
     require_active(adapter)
     used = adapter.snapshot() if factors is None else dict(factors)
     running = _Pass(
-        {n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(tokens), moments, sketch_above, sketch_rows
+        {n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(tokens), codes, moments, sketch_above, sketch_rows
     )
     seq2seq = bool(getattr(getattr(adapter.model, "config", None), "is_encoder_decoder", False))
     encoder = adapter.model.get_encoder() if seq2seq else None
@@ -391,7 +403,9 @@ def collect_sequential(
     adapter = model if isinstance(model, LiveAdapter) else LiveAdapter(model, adapter_name)
     require_active(adapter)
     used = adapter.snapshot() if factors is None else dict(factors)
-    running = _Pass({n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(config.calibration_tokens), False, 0, 0)
+    running = _Pass(
+        {n: _Sums(used[n]) for n in adapter.layers}, _TokenMask(config.calibration_tokens), needs_codes(config)
+    )
     names = {id(layer): name for name, layer in adapter.layers.items()}
     blocks = find_blocks(adapter)
     modules = [block for _, block in blocks]
@@ -442,5 +456,11 @@ def calibrate(
         run_with_factors=config.calibration_model == "reference",
         tokens=config.calibration_tokens,
         gradients=config.score if config.score in ("snip", "preference_snip") else None,
+        codes=needs_codes(config),
         progress=progress,
     )
+
+
+def needs_codes(config: NLSRConfig) -> bool:
+    """Whether a patch of these settings may be cut to the adapter's rank; the release's swap has that rank."""
+    return config.update != "swap"

@@ -115,7 +115,11 @@ class NLSRConfig:
     prune_probability: float = _knob(0.5, "P_L of eq. 9: base probability that bernoulli leaves a module alone.")
     prune_increment: float = _knob(0.4, "delta of eq. 9: what the similarity rank adds to it; not given there.")
     similarity_threshold: float = _knob(0.6, "selection=threshold restores modules whose similarity is below this.")
-    compress: bool = _knob(True, "Truncate the sum back to the adapter's rank; False keeps the exact rank 2r.")
+    compress: bool = _knob(
+        True,
+        "Cut the sum back to the adapter's rank, by what matters for the patch's calibration inputs; False keeps the "
+        "exact rank 2r.",
+    )
     # the two-teacher and one-shot closed forms
     utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
     ridge: float = _knob(3e-2, "eps: pull towards the fine-tuned update, relative to the mean input power.")

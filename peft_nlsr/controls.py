@@ -19,7 +19,7 @@ from .errors import IncompatibleError
 from .lowrank import LowRank, add, zero_like
 from .planning import Planned
 from .record import ModuleRecord, Realignment, new_record
-from .scores import FactorPair
+from .scores import FactorPair, InputSketch
 from .selection import Decision
 
 
@@ -86,7 +86,9 @@ def random_mask(planned: Planned, generator: torch.Generator) -> Control:
     for name, counts in budget.items():
         tuned = done.originals[name]
         value = _zero(tuned) if values is None else values[name]
-        updates[name] = _put_in(tuned, value, _random_masks(tuned, counts, generator), swap=done.method == "swap")
+        masks = _random_masks(tuned, counts, generator)
+        inputs = None if planned.patch is None else planned.patch.inputs.get(name)
+        updates[name] = _put_in(tuned, value, masks, inputs, swap=done.method == "swap")
     said = f"random entries of {len(updates)} random modules get the reference's values"
     return Control(updates, sum(map(sum, budget.values())), said)
 
@@ -215,7 +217,7 @@ def _random_masks(tuned: LowRank, counts: Sequence[int], generator: torch.Genera
     return masks[0], masks[1]
 
 
-def _put_in(tuned: LowRank, value: LowRank, masks: FactorPair, *, swap: bool) -> LowRank:
+def _put_in(tuned: LowRank, value: LowRank, masks: FactorPair, inputs: InputSketch | None, *, swap: bool) -> LowRank:
     if bool(masks[0].all()) and bool(masks[1].all()):
         return _at_rank_of(tuned, value).at_scale(tuned.scale)
     if value.rank != tuned.rank:
@@ -223,7 +225,9 @@ def _put_in(tuned: LowRank, value: LowRank, masks: FactorPair, *, swap: bool) ->
             f"entries cannot be put in at random: the reference has rank {value.rank}, the adapter {tuned.rank}"
         )
     part = masked(LowRank(value.A.float(), value.B.float(), value.scale), masks)
-    return restore_swap(tuned, part, masks) if swap else restore_sum(tuned, part, masks, compress=True)[0]
+    if swap:
+        return restore_swap(tuned, part, masks)
+    return restore_sum(tuned, part, masks, compress=True, inputs=inputs)[0]
 
 
 def _at_rank_of(tuned: LowRank, value: LowRank) -> LowRank:

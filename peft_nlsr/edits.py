@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRank, add
-from .scores import FactorPair, Moment
+from .scores import FactorPair, InputSketch, Moment
 
 EXACT_SVD_SIDE = 1024
 
@@ -28,7 +28,9 @@ def _where(mask: Tensor, factor: Tensor) -> Tensor:
     return torch.where(mask, factor.to(mask.device), torch.zeros((), dtype=factor.dtype, device=mask.device))
 
 
-def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compress: bool) -> tuple[LowRank, float]:
+def restore_sum(
+    tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compress: bool, inputs: InputSketch | None = None
+) -> tuple[LowRank, float]:
     """``dW'' = W'_e + W^_t`` (NLSR eq. 12): masked reference plus the complement of the fine-tuned factors.
 
     Args:
@@ -36,16 +38,19 @@ def restore_sum(tuned: LowRank, safe_part: LowRank, masks: FactorPair, *, compre
         safe_part: the reference with its factors already masked, same shapes.
         masks: ``(M_A, M_B)``.
         compress: truncate the exact rank-2r sum back to rank r.
+        inputs: the truncation then keeps what matters for these inputs, instead of what is largest.
 
     Returns:
-        The update at the scale of ``tuned`` and the relative error of the compression (0 when exact).
+        The update at the scale of ``tuned`` and the relative error of the compression (0 when exact), on the inputs
+        when they are given.
 
     Differs from the release, whose entry swap adds two cross terms.
     """
     total = add([safe_part, masked(tuned, masks, inside=False)])
     if not compress:
         return total.at_scale(tuned.scale), 0.0
-    truncated, error = total.truncate(tuned.rank)
+    seen_gram = None if inputs is None else inputs.gram(total.A)
+    truncated, error = total.truncate(tuned.rank, seen_gram=seen_gram)
     return truncated.at_scale(tuned.scale), error
 
 

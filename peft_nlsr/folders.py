@@ -135,7 +135,7 @@ def _plan_nlsr(source: AdapterFolder, config: NLSRConfig, patch: SafetyPatch | s
     said = opened.record["reference"]["description"]
 
     def edit(module: str, tuned: LowRank) -> tuple[LowRank, float]:
-        return restore(tuned, opened[module], config)
+        return restore(tuned, opened, module, config)
 
     return _Plan(config.update, "a patch and adapter files", config, said, decisions, edit)
 

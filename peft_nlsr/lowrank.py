@@ -99,7 +99,7 @@ class LowRank:
             raise ValueError(f"rank must be at least 1, got {rank}")
         A, B = _wide(self.A), _wide(self.B)
         r_out = torch.linalg.qr(B, mode="r").R
-        root = torch.linalg.qr(A.T, mode="r").R.T if seen_gram is None else _gram_root(seen_gram)
+        root = torch.linalg.qr(A.T, mode="r").R.T if seen_gram is None else _gram_root(seen_gram).to(A.dtype)
         left, values, right = torch.linalg.svd(r_out.to(root.dtype) @ root, full_matrices=False)
         # Directions at rounding level are dropped: balancing would divide by their vanishing size.
         noise = values.max() * len(values) * torch.finfo(values.dtype).eps

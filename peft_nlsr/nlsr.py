@@ -23,7 +23,7 @@ from .errors import LineageError
 from .lowrank import LowRank
 from .patch import SCHEMA_VERSION, ModulePatch, SafetyPatch
 from .reference import SHARED_LINEAGE, Reference
-from .scores import ModuleStatistics, safety_masks
+from .scores import InputSketch, ModuleStatistics, safety_masks
 from .selection import Decision, select
 
 UNCALIBRATED = ("magnitude", "random")
@@ -49,11 +49,15 @@ def build_nlsr_patch(reference: Reference, statistics: SafetyStatistics | None, 
         raise ValueError(f"score={config.score!r} needs calibration statistics; collect them with collect_statistics")
     generator = torch.Generator().manual_seed(config.nlsr_seed)
     modules: dict[str, ModulePatch] = {}
+    inputs: dict[str, InputSketch] = {}
     for name, update in reference.updates.items():
         own = statistics[name] if statistics is not None else _no_statistics(update)
+        sketch = InputSketch.of(own)
+        if sketch is not None:
+            inputs[name] = sketch
         masks = safety_masks(update, own, config, generator=generator)
         modules[name] = ModulePatch(masks, masked(LowRank(update.A.float(), update.B.float(), update.scale), masks))
-    return SafetyPatch(modules, _record(reference, statistics, config, modules))
+    return SafetyPatch(modules, _record(reference, statistics, config, modules, inputs), inputs)
 
 
 def _no_statistics(update: LowRank) -> ModuleStatistics:
@@ -65,6 +69,7 @@ def _record(
     statistics: SafetyStatistics | None,
     config: NLSRConfig,
     modules: Mapping[str, ModulePatch],
+    inputs: Mapping[str, InputSketch],
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -79,6 +84,7 @@ def _record(
                 "scale": module.reference.scale,
                 "kept_A": int(module.masks[0].sum()),
                 "kept_B": int(module.masks[1].sum()),
+                "inputs": len(inputs[name].rows) if name in inputs else 0,
             }
             for name, module in modules.items()
         },
@@ -114,9 +120,10 @@ def require_shared_lineage(similarity: float) -> None:
         )
 
 
-def restore(tuned: LowRank, module: ModulePatch, config: NLSRConfig) -> tuple[LowRank, float]:
-    """The restored update of one selected module by ``config.update`` (``sum`` or ``swap``), and its truncation "
-    "error."""
+def restore(tuned: LowRank, patch: SafetyPatch, name: str, config: NLSRConfig) -> tuple[LowRank, float]:
+    """The restored update of one selected module by ``config.update`` (``sum`` or ``swap``); the truncation error."""
+    module = patch[name]
     if config.update == "swap":
         return restore_swap(tuned, module.reference, module.masks), 0.0
-    return restore_sum(tuned, module.reference, module.masks, compress=config.compress)
+    inputs = patch.inputs.get(name) if config.compress else None
+    return restore_sum(tuned, module.reference, module.masks, compress=config.compress, inputs=inputs)

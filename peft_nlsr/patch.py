@@ -22,7 +22,7 @@ from .errors import CorruptFileError, IncompatibleError, PeftNLSRError
 from .files import read_json
 from .hub import push_folder, staging
 from .lowrank import LowRank
-from .scores import FactorPair
+from .scores import FactorPair, InputSketch
 from .storage import Spec, TensorFile, require_finite, write_tensors
 
 if TYPE_CHECKING:
@@ -50,12 +50,19 @@ class SafetyPatch(Mapping[str, ModulePatch]):
     """Module -> :class:`ModulePatch`; one read from a folder loads one module at a time.
 
     ``record`` holds JSON values: schema_version, base_model, config, reference, statistics and per module its
-    geometry.
+    geometry. ``inputs`` holds, per module, what the reference saw of its inputs, by which the rank-2r sum is cut to
+    rank r; it lacks the modules of patches that were built without calibration data.
     """
 
-    def __init__(self, modules: Mapping[str, ModulePatch], record: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, ModulePatch],
+        record: Mapping[str, Any],
+        inputs: Mapping[str, InputSketch] | None = None,
+    ) -> None:
         self._modules = modules
         self.record = dict(record)
+        self.inputs: Mapping[str, InputSketch] = {} if inputs is None else inputs
 
     def __getitem__(self, module: str) -> ModulePatch:
         return self._modules[module]
@@ -111,6 +118,8 @@ class SafetyPatch(Mapping[str, ModulePatch]):
     def _packed(self, key: str) -> Tensor:
         name, _, kind = key.rpartition(".")
         part, factor = kind.split("_")
+        if part == "inputs":
+            return getattr(self.inputs[name], factor)
         module = self[name]
         mask = module.masks[0 if factor == "A" else 1]
         if part == "mask":
@@ -132,7 +141,7 @@ class SafetyPatch(Mapping[str, ModulePatch]):
             )
         file = TensorFile(folder / TENSORS_NAME)
         _require_described(file, record, folder)
-        return cls(_StoredPatch(file, record["modules"]), record)
+        return cls(_StoredPatch(file, record["modules"]), record, _StoredInputs(file, record["modules"]))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> SafetyPatch:
@@ -184,6 +193,9 @@ def _specs(modules: Mapping[str, Any]) -> dict[str, Spec]:
         for factor, size in (("A", rank * d_in), ("B", d_out * rank)):
             specs[f"{name}.mask_{factor}"] = (torch.uint8, (math.ceil(size / 8),))
             specs[f"{name}.values_{factor}"] = (torch.float32, (geometry[f"kept_{factor}"],))
+        if geometry["inputs"]:
+            specs[f"{name}.inputs_rows"] = (torch.bfloat16, (geometry["inputs"], d_in))
+            specs[f"{name}.inputs_rest"] = (torch.float32, (d_in,))
     return specs
 
 
@@ -236,3 +248,25 @@ class _StoredPatch(Mapping[str, ModulePatch]):
 
     def __len__(self) -> int:
         return len(self._geometry)
+
+
+class _StoredInputs(Mapping[str, InputSketch]):
+    """Input sketches of a patch on disk, each read when asked for."""
+
+    def __init__(self, file: TensorFile, geometry: Mapping[str, Any]) -> None:
+        self._file = file
+        self._modules = [name for name, found in geometry.items() if found["inputs"]]
+
+    def __getitem__(self, module: str) -> InputSketch:
+        if module not in self._modules:
+            raise KeyError(module)
+        rows, rest = self._file[f"{module}.inputs_rows"], self._file[f"{module}.inputs_rest"]
+        for tensor in (rows, rest):
+            require_finite(tensor, f"the inputs of {module} in the safety patch")
+        return InputSketch(rows, rest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapters import LiveAdapter, open_adapter
-from .calibration import SafetyStatistics, calibrate
+from .calibration import SafetyStatistics, calibrate, needs_codes
 from .config import NLSRConfig
 from .errors import PeftNLSRError
 from .examples import collated, read_examples, sample
@@ -263,7 +263,13 @@ def _statistics_key(config: NLSRConfig, weak: Mapping[str, LowRank] | None) -> t
     gradients see it, or a weak adapter gives it another direction.
     """
     gradients = config.score if config.score in ("snip", "preference_snip") else None
-    key: tuple[Any, ...] = (config.calibration_tokens, config.calibration_model, config.sequential, gradients)
+    key: tuple[Any, ...] = (
+        config.calibration_tokens,
+        config.calibration_model,
+        config.sequential,
+        gradients,
+        needs_codes(config),
+    )
     key += (config.max_samples, config.max_length, config.nlsr_seed)
     if config.sequential or config.calibration_model == "reference" or gradients or weak is not None:
         key += (config.beta, config.extrapolation)

@@ -358,9 +358,8 @@ def _plan_nlsr(
     errors: dict[str, float] = {}
     for decision in decisions:
         if decision.restored:
-            updates[decision.module], errors[decision.module] = restore(
-                tuned[decision.module], patch[decision.module], config
-            )
+            name = decision.module
+            updates[name], errors[name] = restore(tuned[name], patch, name, config)
     said = patch.record["reference"]["description"]
     return _record(adapter, config, said, decisions, (updates, errors), record)
 

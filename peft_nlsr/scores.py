@@ -70,6 +70,7 @@ class ModuleStatistics:
         x_square: ``(d_in,)`` sum of ``x * x``.
         grad_A, grad_B: shapes of A and B, sum over samples of the absolute gradient, or None.
         moment: second moment of ``x``, or None.
+        x_code: ``(d_in, r)`` sum of ``x z^T``, or None.
     """
 
     tokens: int
@@ -78,6 +79,42 @@ class ModuleStatistics:
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
     moment: Moment | None = None
+    x_code: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InputSketch:
+    """Second moment of a module's inputs up to a factor, ``C ~ rows^T rows + diag(rest)``, small enough for a patch.
+
+    Attributes:
+        rows: ``(r, d_in)`` bfloat16.
+        rest: ``(d_in,)`` float32, at least 0.
+    """
+
+    rows: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, statistics: ModuleStatistics) -> InputSketch | None:
+        """What the code ``z = A x`` has seen of the inputs; None when the statistics hold no ``x_code``.
+
+        The Nystrom approximation ``(C A^T) (A C A^T)^-1 (A C)``, exact on the rows of A and never above ``C``, and
+        the diagonal that it misses. One more product of the size of ``lora_A`` per token is all that it takes.
+        """
+        if statistics.x_code is None:
+            return None
+        sizes, vectors = torch.linalg.eigh(statistics.z_gram)
+        seen = sizes > torch.finfo(torch.float32).eps * sizes[-1].clamp_min(torch.finfo(sizes.dtype).tiny)
+        inverse = torch.where(seen, sizes.clamp_min(torch.finfo(sizes.dtype).tiny).rsqrt(), 0.0)
+        rows = (inverse[:, None] * (vectors.T @ statistics.x_code.T) / max(1, statistics.tokens) ** 0.5).bfloat16()
+        rest = statistics.x_square / max(1, statistics.tokens) - rows.double().square().sum(dim=0)
+        return cls(rows, rest.clamp_min(0.0).float())
+
+    def gram(self, A: Tensor) -> Tensor:
+        """``A C A^T (k, k)`` for ``A (k, d_in)``."""
+        A = A.float()
+        code = A @ self.rows.float().T
+        return code @ code.T + (A * self.rest) @ A.T
 
 
 def rank_kept(rank: int, config: NLSRConfig) -> int:

@@ -137,12 +137,14 @@ def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None])
 
 def require_finite(tensor: Tensor, what: str) -> None:
     """Raise CorruptFileError, naming ``what`` and how many values, when a tensor holds NaN or infinite values."""
+    # Extremes are several times faster than a test of each value, and NaN is both of them.
+    if tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        return
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
-        raise CorruptFileError(
-            f"{what} holds {bad} NaN or infinite values of {tensor.numel()}. Train or save it again; "
-            "a float16 overflow is the usual cause."
-        )
+    raise CorruptFileError(
+        f"{what} holds {bad} NaN or infinite values of {tensor.numel()}. Train or save it again; "
+        "a float16 overflow is the usual cause."
+    )
 
 
 def _corrupt(path: Path, problem: str) -> NoReturn:

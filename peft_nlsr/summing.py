@@ -16,7 +16,7 @@ from .scores import ModuleStatistics, Moment
 
 T = TypeVar("T")
 
-_SUMS = ("z_gram", "x_square", "grad_A", "grad_B")
+_SUMS = ("z_gram", "x_square", "grad_A", "grad_B", "x_code")
 
 
 def own_batches(batches: Iterable[T]) -> Iterator[T]:
@@ -101,7 +101,7 @@ def _added(own: ModuleStatistics | None, layout: Mapping[str, Any]) -> ModuleSta
         merged = _merged([(part, energy) for part, energy in from_all_ranks((moment, total)) if part is not None])
     else:
         merged = None
-    return ModuleStatistics(tokens, sums["z_gram"], sums["x_square"], sums.get("grad_A"), sums.get("grad_B"), merged)
+    return ModuleStatistics(tokens, moment=merged, **sums)
 
 
 def _merged(parts: list[tuple[Moment, float]]) -> Moment:

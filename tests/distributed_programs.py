@@ -436,7 +436,9 @@ def sums(base: str, out: Path) -> None:
     ]
 
     def collect(given: list[Any], **settings: Any) -> Any:
-        return collect_statistics(model, given, moments=True, progress=False, **settings) if given else None
+        return (
+            collect_statistics(model, given, codes=True, moments=True, progress=False, **settings) if given else None
+        )
 
     settings = {"exact": {}, "sketch": {"sketch_above": 0, "sketch_rows": 6}}
     for case, changes in settings.items():

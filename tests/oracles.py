@@ -246,6 +246,17 @@ def truncate_on_inputs(D, M, rank: int) -> Tensor:
     return left[:, :rank] @ left[:, :rank].T @ D
 
 
+def seen_moment(X, A) -> Tensor:
+    """What `Z = X A^T` saw of `C = X^T X / n`: its Nystrom approximation from the rows of A, and the diagonal left.
+
+    `(C A^T) (A C A^T)^+ (A C)` is the smallest second moment that equals `C` on those rows.
+    """
+    X, A = as_double(X), as_double(A)
+    C = X.T @ X / len(X)
+    seen = C @ A.T @ torch.linalg.pinv(A @ C @ A.T, hermitian=True, rtol=1e-7) @ A @ C
+    return seen + torch.diag((C - seen).diagonal().clamp_min(0))
+
+
 def norm_on_inputs(D, M) -> float:
     """`|D M^(1/2)|`: how large an update is on inputs of second moment `M (d_in, d_in)`."""
     D = as_double(D)

@@ -55,7 +55,7 @@ def assert_same_statistics(found: SafetyStatistics, expected: SafetyStatistics) 
     for name, mine in found.items():
         theirs = expected[name]
         assert mine.tokens == theirs.tokens
-        for kind in ("z_gram", "x_square", "grad_A", "grad_B"):
+        for kind in ("z_gram", "x_square", "x_code", "grad_A", "grad_B"):
             one, other = getattr(mine, kind), getattr(theirs, kind)
             assert (one is None) == (other is None)
             assert one is None or gap(one, other) < SINGLE, (name, kind)
@@ -73,6 +73,8 @@ def assert_sums(found: SafetyStatistics, model: PeftModel, X: dict[str, Tensor],
         assert mine.tokens == len(X[name])
         assert gap(mine.z_gram, Z.T @ Z) < SINGLE, name
         assert gap(mine.x_square, X[name].square().sum(dim=0)) < SINGLE, name
+        if mine.x_code is not None:
+            assert gap(mine.x_code, X[name].T @ Z) < SINGLE, name
         if mine.moment is not None:
             assert gap(mine.moment.full, X[name].T @ X[name]) < SINGLE, name
 
@@ -91,13 +93,13 @@ def test_sums_are_those_of_the_counted_tokens(make_pico_lora: MakeLora, tokens: 
     model, batch = make_pico_lora(), pad(ROWS)
     kept = batch["attention_mask"].bool() if tokens == "all" else batch["labels"] != -100
     X = oracles.module_inputs(model, "default", [batch], [kept])
-    assert_sums(collect(model, [batch], tokens=tokens, moments=True), model, X)
+    assert_sums(collect(model, [batch], tokens=tokens, codes=True, moments=True), model, X)
 
 
 def test_padding_is_never_counted(make_pico_lora: MakeLora) -> None:
     model = make_pico_lora()
     X = unpadded_inputs(model, [pad([row]) for row in ROWS])
-    assert_sums(collect(model, [pad(ROWS, extra=3)], moments=True), model, X)
+    assert_sums(collect(model, [pad(ROWS, extra=3)], codes=True, moments=True), model, X)
 
 
 def test_labels_on_padding_are_not_an_answer(make_pico_lora: MakeLora) -> None:
@@ -132,9 +134,9 @@ def test_the_number_of_threads_does_not_matter(make_pico_lora: MakeLora) -> None
     model, threads = make_pico_lora(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = collect(model, [pad(ROWS)], gradients="snip", moments=True)
+        alone = collect(model, [pad(ROWS)], gradients="snip", codes=True, moments=True)
         torch.set_num_threads(2)
-        together = collect(model, [pad(ROWS)], gradients="snip", moments=True)
+        together = collect(model, [pad(ROWS)], gradients="snip", codes=True, moments=True)
     finally:
         torch.set_num_threads(threads)
     assert_same_statistics(together, alone)
@@ -243,7 +245,7 @@ def test_encoder_and_decoder_modules_count_their_own_tokens(
     X = unpadded_inputs(model, [seq2seq_batch([row]) for row in ROWS])
     assert len({len(x) for x in X.values()}) == 2
     batches = [seq2seq_batch(rows, encoder=lengths[0], decoder=lengths[1]) for rows in (ROWS[:4], ROWS[4:])]
-    assert_sums(collect(model, batches, moments=True), model, X)
+    assert_sums(collect(model, batches, codes=True, moments=True), model, X)
 
 
 @pytest.mark.parametrize("length", [5, 7], ids=["other-length", "same-length"])
@@ -569,7 +571,7 @@ def interrupted(error: type[BaseException]) -> Iterator[dict[str, Tensor]]:
 
 
 MEASURES: dict[str, Callable[[Any, Any], Any]] = {
-    "plain": lambda model, batches: collect(model, batches, moments=True),
+    "plain": lambda model, batches: collect(model, batches, codes=True, moments=True),
     "snip": lambda model, batches: collect(model, batches, gradients="snip"),
     "preference-snip": lambda model, batches: collect(
         model, ({"chosen": b, "rejected": b} for b in batches), gradients="preference_snip"

@@ -19,7 +19,7 @@ from peft_nlsr.edits import NormalEquations, masked, restore_one_shot, restore_s
 from peft_nlsr.examples import Example
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.realign import plan
-from peft_nlsr.scores import Moment
+from peft_nlsr.scores import InputSketch, Moment
 
 D_OUT, D_IN, RANK = 10, 14, 4
 SINGLE = 1e-5  # the factors are float32
@@ -87,6 +87,21 @@ def test_the_compressed_sum_is_its_best_approximation_of_rank_r(masks: tuple[Ten
     assert gap(dense(found), best) < SINGLE
     assert (found.rank, found.scale) == (RANK, tuned.scale)
     assert error == pytest.approx(gap(best, exact), abs=SINGLE)
+
+
+@by_masks
+def test_given_inputs_the_compressed_sum_is_the_best_one_for_them(masks: tuple[Tensor, Tensor]) -> None:
+    tuned, reference = update(), update(seed=1)
+    generator = torch.Generator().manual_seed(3)
+    sketch = InputSketch(
+        (10.0 * torch.randn(RANK, D_IN, generator=generator)).bfloat16(), torch.rand(D_IN, generator=generator)
+    )
+    found, error = restore_sum(tuned, masked(reference, masks), masks, compress=True, inputs=sketch)
+    exact = oracles.sum_dense(*raw(tuned), *raw(reference), *masks)
+    M = sketch.rows.double().T @ sketch.rows.double() + torch.diag(sketch.rest.double())
+    best = oracles.truncate_on_inputs(exact, M, RANK)
+    assert gap(dense(found), best) < 10 * SINGLE
+    assert error == pytest.approx(oracles.norm_on_inputs(best - exact, M) / oracles.norm_on_inputs(exact, M), abs=1e-5)
 
 
 @by_masks

@@ -409,3 +409,39 @@ def test_pickled_or_foreign_files_are_never_opened(tmp_path: Path, patch: Safety
     (tmp_path / TENSORS_NAME).write_bytes(b"\x80\x04" + struct.pack("<Q", 3) + b"pickle")
     with pytest.raises(CorruptFileError, match="not a safetensors file"):
         SafetyPatch.load(tmp_path)
+
+
+# What the reference saw of its inputs
+
+
+@pytest.fixture
+def calibrated(make_pico_lora: MakeLora) -> SafetyPatch:
+    return build_safety_patch(
+        make_pico_lora(seed=0), quick(), calibration=rows(8), tokenizer=word_tokenizer(), progress=False
+    )
+
+
+def test_a_calibrated_patch_keeps_what_it_saw_of_the_inputs(tmp_path: Path, calibrated: SafetyPatch) -> None:
+    calibrated.save(tmp_path)
+    loaded = SafetyPatch.load(tmp_path)
+    assert list(loaded.inputs) == list(calibrated.inputs) == list(calibrated)
+    for name, mine in calibrated.inputs.items():
+        theirs = loaded.inputs[name]
+        assert mine.rows.dtype == theirs.rows.dtype == torch.bfloat16
+        assert torch.equal(mine.rows, theirs.rows) and torch.equal(mine.rest, theirs.rest)
+        assert float(mine.rows.float().norm()) > 0.0
+
+
+def test_a_patch_without_calibration_has_seen_no_inputs(tmp_path: Path, patch: SafetyPatch) -> None:
+    patch.save(tmp_path)
+    assert not patch.inputs and not SafetyPatch.load(tmp_path).inputs
+    assert SafetyPatch.load(tmp_path).inputs.get(next(iter(patch))) is None
+
+
+def test_damaged_inputs_are_refused_when_they_are_read(tmp_path: Path, calibrated: SafetyPatch) -> None:
+    calibrated.save(tmp_path)
+    tensors, first = load_file(tmp_path / TENSORS_NAME), next(iter(calibrated))
+    tensors[f"{first}.inputs_rest"][0] = torch.nan
+    save_file(tensors, tmp_path / TENSORS_NAME)
+    with pytest.raises(CorruptFileError, match=f"the inputs of {first} in the safety patch holds 1 NaN"):
+        SafetyPatch.load(tmp_path).inputs[first]

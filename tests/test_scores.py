@@ -1,5 +1,6 @@
 """Scores and masks from small statistics equal those from stored activations, and masks keep what they promise."""
 
+from dataclasses import replace
 from typing import Any
 
 import oracles
@@ -11,9 +12,10 @@ from torch import Tensor
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.errors import CalibrationError
 from peft_nlsr.lowrank import LowRank
-from peft_nlsr.scores import SCORES, ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
+from peft_nlsr.scores import SCORES, InputSketch, ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
 
 D_OUT, D_IN, RANK, TOKENS = 14, 24, 5, 60
+BFLOAT16 = 2**-8  # its relative rounding error
 SINGLE = 1e-6  # scores are exact in float64 and then rounded to float32
 
 
@@ -240,3 +242,36 @@ def test_a_full_and_a_sketched_moment_compute_the_same() -> None:
 def test_a_moment_is_either_full_or_sketched(both: bool) -> None:
     with pytest.raises(ValueError, match="either"):
         Moment(full=torch.eye(2) if both else None, rows=torch.eye(2) if both else None)
+
+
+def with_codes(update: LowRank, X: Tensor) -> ModuleStatistics:
+    return replace(statistics(update, X), x_code=X.T @ (X @ update.A.double().T))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, RANK - 1], ids=["many-tokens", "fewer-than-directions"])
+def test_what_a_reference_saw_of_its_inputs_is_their_nystrom_approximation(tokens: int) -> None:
+    X, A = inputs(tokens), reference().A
+    sketch = InputSketch.of(with_codes(reference(), X))
+    assert sketch is not None
+    M = oracles.seen_moment(X, A)
+    assert gap(sketch.rows.double().T @ sketch.rows.double() + torch.diag(sketch.rest.double()), M) < 2 * BFLOAT16
+    other = torch.randn(3 * RANK, D_IN, generator=generator())
+    assert gap(sketch.gram(other), other.double() @ M @ other.double().T) < 2 * BFLOAT16
+
+
+def test_the_inputs_are_known_exactly_where_the_reference_looks() -> None:
+    X, A = inputs(), reference().A.double()
+    sketch = InputSketch.of(with_codes(reference(), X))
+    assert sketch is not None
+    seen = sketch.rows.double().T @ sketch.rows.double()
+    assert gap(A @ seen, A @ X.T @ X / len(X)) < 2 * BFLOAT16
+    total = seen.diagonal() + sketch.rest.double()
+    assert gap(total, X.square().mean(dim=0)) < 2 * BFLOAT16
+    assert float(sketch.rest.min()) >= 0.0
+
+
+def test_inputs_without_codes_or_without_any_signal() -> None:
+    assert InputSketch.of(statistics(reference(), inputs())) is None
+    silent = InputSketch.of(with_codes(reference(), torch.zeros(4, D_IN, dtype=torch.float64)))
+    assert silent is not None
+    assert not silent.rows.any() and not silent.rest.any()
