@@ -143,6 +143,7 @@ class FrequentDirections:
         self.total = 0.0
 
     def add(self, x: Tensor) -> None:
+        """Add rows ``x (n, d_in)``; every ``2 * rows`` the sketch is cut back to ``rows``."""
         for chunk in x.double().cpu().split(self.rows):
             self.total += float(chunk.square().sum())
             self.buffer = torch.cat([self.buffer, chunk])
@@ -159,6 +160,7 @@ class FrequentDirections:
         self.buffer = factor[:, None] * (vectors.T @ self.buffer)
 
     def moment(self) -> Moment:
+        """The sketch with its error bound."""
         if len(self.buffer) > self.rows:
             self._shrink()
         return Moment(rows=self.buffer, error=self.shrunk / self.total if self.total else 0.0)

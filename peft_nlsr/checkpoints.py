@@ -279,6 +279,7 @@ def models_of(adapter: AdapterFolder) -> tuple[str | None, str | None] | None:
 
 
 def require_same_geometry(aligned: Checkpoint, base: Checkpoint) -> None:
+    """Raise IncompatibleError where the two configurations describe different architectures."""
     differ = [
         f"{key} is {aligned.config[key]} and {base.config[key]}"
         for key in _GEOMETRY

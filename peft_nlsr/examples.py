@@ -36,6 +36,7 @@ class Example:
 
     @property
     def tokens(self) -> tuple[int, ...]:
+        """Prompt and answer."""
         return self.prompt + self.answer
 
 

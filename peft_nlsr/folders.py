@@ -305,6 +305,7 @@ def revert_folder(folder: str | os.PathLike[str], output: str | os.PathLike[str]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a realigned folder that can be reverted; PeftNLSRError where something is missing."""
     for name in (CONFIG_NAME, DIFF_NAME):
         if not (folder / name).is_file():
             raise PeftNLSRError(f"{folder} cannot be reverted: it has no {name}; realign with save_diff to get one")
@@ -315,6 +316,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder; None when nothing was realigned there."""
     if not (folder / CONFIG_NAME).is_file():
         return None
     record = read_json(folder / CONFIG_NAME).get("record")
@@ -322,6 +324,7 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
 
 
 def require_fresh(source: AdapterFolder) -> None:
+    """Raise PeftNLSRError for an adapter that is realigned already, and whose originals a second run would lose."""
     record = finished_record(source.path)
     if record is not None and record["fingerprint_after"] == fingerprint(source):
         raise PeftNLSRError(

@@ -40,6 +40,7 @@ class Verdict:
 
     @property
     def kept(self) -> bool:
+        """Whether nothing speaks against the repair."""
         return not self.reasons
 
 

@@ -96,6 +96,7 @@ class ClassifierJudge:
 
     @property
     def description(self) -> str:
+        """Model, rule and cut, for reports."""
         names = [self.model.config.id2label[i] for i in self.counted]
         kind = "sigmoid" if self.multi else "softmax"
         which = f"any of {len(names)} labels" if len(names) > 3 else " or ".join(names)
@@ -218,6 +219,7 @@ class GuardJudge:
 
     @property
     def description(self) -> str:
+        """Model, format and cut, for reports."""
         return (
             f"{_name(self.model)}, asked in the format {self.format_name}, "
             f"responses cut at {self.max_response_tokens} tokens"

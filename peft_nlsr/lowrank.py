@@ -40,6 +40,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """Number of rows of A."""
         return self.A.shape[0]
 
     @property

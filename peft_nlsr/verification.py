@@ -54,6 +54,7 @@ class Verification:
 
     @property
     def verified(self) -> bool:
+        """Whether no check failed; one that could not be made does not count."""
         return all(check.status != "failed" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:

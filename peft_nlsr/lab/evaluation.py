@@ -59,6 +59,7 @@ class LabScores:
     n_outputs: int
 
     def to_dict(self) -> dict[str, float | int]:
+        """JSON values."""
         return asdict(self)
 
 
