@@ -146,8 +146,10 @@ def others_waiting() -> Iterator[None]:
     finally:
         if rank() == 0:
             store.set(key, "1")
+    pause = 0.001
     while not store.check([key]):
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,6 @@ def _safety(
     asking: _Asking, calibration: Iterable[Any] | None, teacher: Factors
 ) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
     """Safety examples, all answered; where the teacher does not refuse, a canned refusal replaces its answer."""
-    config = asking.config
     given = calibration is not None
     source = calibration if calibration is not None else _rows("safety")
     if calibration is None and not asking.knows(_rows("safety")):
@@ -280,7 +279,6 @@ def _safety(
 
 def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
     """Built-in benign prompts and look-alikes, answered by the fine-tuned model, in place of the user's data."""
-    config = asking.config
     if not asking.knows(_rows("benign")):
         raise CalibrationError(f"{_NOT_OUR_LANGUAGE}, and no utility data were given; pass utility=<training data>")
     prompts = asking.sample(_rows("benign") + _rows("lookalike"))
