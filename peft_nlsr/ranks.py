@@ -7,6 +7,7 @@ work between two such steps needs no word about errors. :data:`ALONE` is one pro
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from .errors import IncompatibleError
-from .processes import Packed, from_all_ranks, others_waiting, portable, received
+from .errors import IncompatibleError, PeftNLSRError
+from .processes import Packed, from_all_ranks, others_waiting, portable, rank, received, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,22 @@ class Ranks:
 
     @classmethod
     def launched(cls) -> Ranks:
-        """All processes of the launched job (``torchrun``, ``accelerate launch``), brought together where needed."""
-        state = PartialState()
-        return cls(state.process_index, state.num_processes)
+        """All processes of the launched job (``torchrun``, ``accelerate launch``), brought together where needed.
+
+        Raises:
+            PeftNLSRError: the job has several processes, but accelerate was told before that this one is alone.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and torch.accelerator.current_accelerator(check_available=True) is None:
+            PartialState(cpu=True)  # without this word accelerate lets processes without an accelerator work alone
+        else:
+            PartialState()
+        if started > 1 and world_size() == 1:
+            raise PeftNLSRError(
+                f"this process was started as one of {started}, but no process group joins them; make "
+                "accelerate.PartialState(cpu=True) before anything else, or call torch.distributed.init_process_group"
+            )
+        return cls(rank(), world_size())
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -54,12 +54,12 @@ class Weighted:
         return torch.cat([chunk.float() @ v for chunk in self.chunks]) * self.roots
 
     def adjoint(self, v: Tensor) -> Tensor:
-        """``(n, k) -> (d, k)``."""
-        total = v.new_zeros(self.width, v.shape[1])
+        """``(n, k) -> (d, k)``; chunks and ranks are added in float64, so that their order does not matter."""
+        total = v.new_zeros(self.width, v.shape[1], dtype=torch.float64)
         parts = (v * self.roots).split([len(chunk) for chunk in self.chunks])
         for chunk, part in zip(self.chunks, parts, strict=True):
             total += chunk.float().T @ part
-        return self.ranks.add_up(total)
+        return self.ranks.add_up(total).to(v)
 
     def power(self) -> float:
         """The trace of the weighted second moment."""

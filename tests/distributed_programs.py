@@ -551,8 +551,18 @@ def stopped_runs(model: Any, ranks: Ranks) -> dict[str, Any]:
     }.items():
         with stopped(module, on, after):
             found[case] = outcome(lambda: bool(solved(model, ranks, (13, 9))))
+    found["outside of an inner one"] = outcome(lambda: outside(ranks))
     found["without the others"] = outcome(lambda: bool(solved(model, ALONE, (5, 5)))) if ranks.number == 0 else None
     return found
+
+
+def outside(ranks: Ranks) -> None:
+    """Rank 1 fails where the other has begun a step inside a step already."""
+    with ranks.together():
+        if ranks.number == 1:
+            raise RuntimeError("rank 1 has no memory")
+        with ranks.together():
+            ranks.gather(ranks.number)
 
 
 def resumed(model: Any, ranks: Ranks, out: Path) -> dict[str, Any]:

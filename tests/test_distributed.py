@@ -347,7 +347,13 @@ class TestShares:
         assert told["full"]["ranks"] == 2
 
     @pytest.mark.parametrize(
-        ("case", "rank"), [("stopped at the beginning", 1), ("stopped in the middle", 1), ("stopped on rank 0", 0)]
+        ("case", "rank"),
+        [
+            ("stopped at the beginning", 1),
+            ("stopped in the middle", 1),
+            ("stopped on rank 0", 0),
+            ("stopped outside of an inner one", 1),
+        ],
     )
     def test_that_fail_on_one_rank_are_given_up_by_all(self, case: str, rank: int, launch: Launch) -> None:
         for told in launch(TOGETHER, "shares")[1]:
