@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from peft_nlsr import adapters, distributed
 from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import collect_statistics
-from peft_nlsr.distributed import gathered_factors, on_rank_zero, refuse_unsupported, write_updates
+from peft_nlsr.distributed import gathered_factors, on_rank_zero, on_replicas, refuse_unsupported, write_updates
 from peft_nlsr.errors import IncompatibleError
 from peft_nlsr.examples import Example, read_examples
 from peft_nlsr.lowrank import LowRank
@@ -154,6 +154,7 @@ def with_callback(kind: str, base: str, out: Path) -> None:
             "refused_rows": done.realignment.data["utility"]["refused_rows"],
             "reference": done.realignment.reference,
             "evaluations": [evaluation.label for evaluation in done.evaluations],
+            "ranks": done.realignment.data["cost"]["ranks"],
         },
     )
     if dist.get_rank() == 0:
@@ -538,7 +539,18 @@ def shares(base: str, out: Path) -> None:
         told["unchanged"] = True
     except AssertionError:
         told["unchanged"] = False
-    tell(out, told | realigned(base, ranks))
+    tell(out, told | realigned(base, ranks) | {"replicas": replicas(base, ranks)})
+
+
+def replicas(base: str, ranks: Ranks) -> list[Any]:
+    """How many ranks work on replicas that are the same, and on some that are not; and an error of one of them."""
+    model = torch.nn.parallel.DistributedDataParallel(lora_model(base))
+    found: list[Any] = [on_replicas(model, lambda whole, ranks: [ranks.count, whole is model.module])]
+    failing = lambda whole, _: fail(ValueError("no disk")) if ranks.number else [0]  # noqa: E731
+    found.append(outcome(lambda: on_replicas(model, failing)))
+    with torch.no_grad():
+        model.module.get_input_embeddings().weight += ranks.number
+    return [*found, on_replicas(model, lambda _, ranks: ranks.count)]
 
 
 def stopped_runs(model: Any, ranks: Ranks) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class TestTheCallback:
         assert told[1] == told[0]
         assert told[0]["refused_rows"] == [1, 5] and told[0]["evaluations"] == ["fine-tuned", "realigned"]
         assert told[0]["reference"] == "the adapter that fine-tuning started from"
+        assert told[0]["ranks"] == (2 if kind in ("ddp", "zero2") else 1)
 
     def test_saves_the_claim_with_the_weights(self, kind: str, launch: Launch) -> None:
         folder, _ = launch(f"{kind}-callback", f"{kind}-callback")
@@ -390,6 +391,11 @@ class TestShares:
     def test_with_other_arguments_are_refused(self, launch: Launch) -> None:
         for told in launch(TOGETHER, "shares")[1]:
             assert told["differing"][0] == "IncompatibleError" and "the configuration" in told["differing"][1]
+
+    def test_need_replicas_that_are_the_same(self, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            together, failed, alone = told["replicas"]
+            assert together == [2, True] and failed == ["ValueError", "no disk"] and alone == 1
 
     def test_have_no_part_in_other_methods(self, launch: Launch) -> None:
         one, other = (told["other method"] for told in launch(TOGETHER, "shares")[1])
