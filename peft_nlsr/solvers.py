@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ Inverse = Callable[[Tensor, float], tuple[Tensor, float]]
 class Weighted:
     """``diag(sqrt(w)) X`` for tokens kept in chunks of any floating dtype; products are float32.
 
+    All products are made chunk by chunk, so that they have the same bits whichever rank keeps the chunk.
+
     Attributes:
         chunks: rows ``(n_i, d)`` as the model made them.
         roots: square roots of all token weights ``(n, 1)``.
@@ -52,6 +54,10 @@ class Weighted:
     def times(self, v: Tensor) -> Tensor:
         """``(d, k) -> (n, k)``."""
         return torch.cat([chunk.float() @ v for chunk in self.chunks]) * self.roots
+
+    def mapped(self, matrix: Tensor) -> Weighted:
+        """The same tokens after a linear map ``(d, k)``."""
+        return replace(self, chunks=[chunk.float() @ matrix for chunk in self.chunks])
 
     def adjoint(self, v: Tensor) -> Tensor:
         """``(n, k) -> (d, k)``; chunks and ranks are added in float64, so that their order does not matter."""
@@ -116,8 +122,7 @@ class HeldTokens:
         inverse = INVERSES[self.solver](X, epsilon, max(tuned[name].rank for name in self.wanted), seed)
         solved = {}
         for name, chunks in self.wanted.items():
-            code = X.times(tuned[name].A.to(roots).T)
-            Y = Weighted(chunks, roots, self.ranks)
+            code, Y = X.mapped(tuned[name].A.to(roots).T), Weighted(chunks, roots, self.ranks)
             solved[name] = _Problem(X, Y, tuned[name], code, epsilon, inverse).solve(seed)
         return merged(self.ranks, solved if self.ranks.number == 0 else {}, self.wanted, roots.device)
 
@@ -134,7 +139,7 @@ class _Problem:
     X: Weighted
     Y: Weighted
     tuned: LowRank
-    tuned_code: Tensor
+    tuned_code: Weighted
     epsilon: float
     inverse: Inverse
 
@@ -183,7 +188,7 @@ class _Problem:
         """
         A, B, scale = self.tuned.A.to(basis), self.tuned.B.to(basis), self.tuned.scale
         code = scale * (B.T @ basis)
-        moved, error = self.inverse(self.Y.times(basis) - self.tuned_code @ code, precision)
+        moved, error = self.inverse(self.Y.times(basis) - self.tuned_code.times(code), precision)
         return A.T @ code + moved, error
 
     def _image(self, rows: Tensor) -> Tensor:
