@@ -89,7 +89,9 @@ def on_replicas(model: nn.Module, work: Callable[[Any, Ranks], T], *, adapter_na
         Exception: whatever ``work`` raised on any rank, on every rank.
     """
     bare = _prepared(model)
-    by_first = partial(on_rank_zero, model, lambda whole: work(whole, ALONE), adapter_name=adapter_name)
+    by_first: Callable[[], T] = partial(
+        on_rank_zero, model, lambda whole: work(whole, ALONE), adapter_name=adapter_name
+    )
     if world_size() == 1 or _is_sharded(bare):
         return by_first()
     ranks = Ranks.launched()

@@ -212,7 +212,7 @@ def _solve_blocks(run: _Run, finished: SolvedBlocks | None, progress: bool) -> T
                 finished.save(index, found)
         current |= {name: module.update for name, module in found.items()}
         solved |= found
-        for stream in run.streams:
+        for stream in run.streams if index + 1 < len(run.blocks) else ():
             stream.advance(run.adapter, block, index, current)
     return _solution(solved, run.tuned, expected)
 
@@ -258,24 +258,26 @@ def _solve_group(run: _Run, index: int, group: Group, current: Mapping[str, LowR
     for stream in run.streams:
         for batch in stream.batches(index):
             weights = (batch.drawn if solver in HELD else batch.weights).flatten()
-            inputs, targets = _seen(run, run.blocks[index], group, current, stream.teacher, batch, weights > 0.0)
-            sums.add(inputs if solver in HELD else inputs.float(), targets, weights[weights > 0.0])
+            counted = weights > 0.0
+            inputs, targets = _seen(run, group, batch, index=index, current=current, stream=stream, counted=counted)
+            sums.add(inputs if solver in HELD else inputs.float(), targets, weights[counted])
     return sums.solve(run.tuned, ridge=run.config.ridge, seed=run.config.nlsr_seed)
 
 
 def _seen(
     run: _Run,
-    block: nn.Module,
     group: Group,
-    current: Mapping[str, LowRank],
-    teacher: Factors,
     batch: Batch,
+    *,
+    index: int,
+    current: Mapping[str, LowRank],
+    stream: Stream,
     counted: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the tokens that count: the group's inputs in the repaired model, and per module teacher minus base."""
     layers: dict[str, Any] = {name: run.adapter.layers[name] for name in group.d_outs}
-    first = next(iter(layers))
-    with playing(run.adapter, current, teacher):
+    block, first = run.blocks[index], next(iter(layers))
+    with playing(run.adapter, current, stream.teacher):
         wanted = run_until(layers, block, batch.taught, batch.arguments, outputs=True)
     with playing(run.adapter, current, current):
         seen = run_until({first: layers[first]}, block, batch.repaired, batch.arguments, outputs=False)
