@@ -197,6 +197,25 @@ def run_until(
         return dict(seen)
 
 
+def rows_of(values: Tensor, counted: Tensor, name: str, *, instead: str) -> Tensor:
+    """The rows of a module's inputs or outputs ``(..., tokens, d)`` whose token counts.
+
+    Args:
+        counted: which of the batch's tokens do, one value each.
+        instead: what a user may do about a module that does not see each token once.
+
+    Raises:
+        UnsupportedAdapterError: tokens were routed or re-ordered on their way to the module.
+    """
+    flat = values.flatten(0, -2)
+    if len(flat) != len(counted):
+        raise UnsupportedAdapterError(
+            f"{name} received {len(flat)} rows for {len(counted)} tokens (routed or re-ordered tokens); leave it out "
+            f"of the adapter, or {instead}"
+        )
+    return flat[counted.to(flat.device)]
+
+
 @contextmanager
 def playing(adapter: LiveAdapter, names: Mapping[str, Any], factors: Factors) -> Iterator[None]:
     """Inside, the named modules compute with the given factors (None: with the adapter off); nothing is copied."""

@@ -1,8 +1,8 @@
 """Realignment by itself: a Trainer callback that repairs the adapter when ``train()`` ends, and keeps true what is
 saved and pushed.
 
-Rank 0 plans and measures, every rank writes (``distributed``). Nothing unaligned is pushed while training runs, and a
-failure leaves the fine-tuned weights in memory and on disk.
+Ranks that hold the whole model plan together, else rank 0 does; rank 0 measures, every rank writes. Nothing unaligned
+is pushed while training runs, and a failure leaves the fine-tuned weights in memory and on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import CONFIG_FILE, LiveAdapter
 from .config import NLSRConfig
-from .distributed import gathered_factors, on_rank_zero, write_updates
+from .distributed import gathered_factors, on_replicas, write_updates
 from .errors import PeftNLSRError
 from .examples import Example, rows_of, sample
 from .files import write_json
@@ -38,6 +38,7 @@ from .patch import SafetyPatch
 from .plots import save_plots
 from .projection import require_delta
 from .prompt_sets import PromptSet
+from .ranks import Ranks
 from .realign import adopt, forget_realignments, plan, takes_delta, takes_utility
 from .reference import BASE_REFERENCE, Reference, starting_point
 from .registration import unclaimed_files, wrap_trainer
@@ -209,9 +210,11 @@ class NLSRCallback(TrainerCallback):
         if state.is_hyper_param_search:
             return
         with self._keeping_weights(args):
-            outcome = on_rank_zero(
+            outcome = on_replicas(
                 model,
-                lambda plain: self._work(_moved(plain, model, args.device), train_dataloader, not args.disable_tqdm),
+                lambda plain, ranks: self._work(
+                    _moved(plain, model, args.device), train_dataloader, not args.disable_tqdm, ranks
+                ),
                 adapter_name=self.adapter_name,
             )
             planned = outcome.realignment if outcome.verdict.kept else None
@@ -235,8 +238,8 @@ class NLSRCallback(TrainerCallback):
                 logger.error("realignment failed; the fine-tuned adapter, not realigned, is saved in output_dir")
             raise
 
-    def _work(self, plain: Any, loader: Any, progress: bool) -> Outcome:
-        """Everything that needs the whole model, on rank 0; the model is left as it was found."""
+    def _work(self, plain: Any, loader: Any, progress: bool, ranks: Ranks) -> Outcome:
+        """Everything that needs the whole model; it is left as it was found, and all ranks get the same outcome."""
         measure = Measure(
             self.evaluate,
             self.tokenizer,
@@ -247,10 +250,11 @@ class NLSRCallback(TrainerCallback):
             progress,
         )
         if self.mode == "monitor":
-            return monitor(plain, self._safe_teacher(plain, progress), measure, adapter_name=self.adapter_name)
-        reference = self._reference(plain, progress)
+            teacher = self._safe_teacher(plain, progress, ranks)
+            return ranks.first(lambda: monitor(plain, teacher, measure, adapter_name=self.adapter_name))
+        reference = self._reference(plain, progress, ranks)
         start = time.perf_counter()
-        rows = self._utility(loader)
+        rows = ranks.first(lambda: self._utility(loader))
         planned = plan(
             plain,
             self.config,
@@ -262,17 +266,20 @@ class NLSRCallback(TrainerCallback):
             tokenizer=self.tokenizer,
             judge=self.judge,
             adapter_name=self.adapter_name,
+            data_parallel=ranks.count > 1,
             progress=progress,
         )
-        return replace(measured(plain, planned, measure, rows), seconds=time.perf_counter() - start)
+        return ranks.first(
+            lambda: replace(measured(plain, planned, measure, rows), seconds=time.perf_counter() - start)
+        )
 
-    def _reference(self, plain: Any, progress: bool) -> Any:
+    def _reference(self, plain: Any, progress: bool, ranks: Ranks) -> Any:
         """A safe teacher, unless there is a patch; for methods besides NLSR what they take, as given or the start."""
         if self.config.method == "nlsr":
-            return None if self.patch is not None else self._safe_teacher(plain, progress)
+            return None if self.patch is not None else self._safe_teacher(plain, progress, ranks)
         return self._start if self.reference is None and takes_delta(self.config) else self.reference
 
-    def _safe_teacher(self, plain: Any, progress: bool) -> Any:
+    def _safe_teacher(self, plain: Any, progress: bool, ranks: Ranks) -> Any:
         """What was given; else the starting point or the base, whichever refuses more: both may be unsafe."""
         if self.reference is not None or self.patch is not None or self._start.updates is None:
             return self._start if self.reference is None else self.reference
@@ -284,6 +291,7 @@ class NLSRCallback(TrainerCallback):
             judge=self.judge,
             config=self.config,
             progress=progress,
+            ranks=ranks,
         )
 
     def _utility(self, loader: Any) -> list[Example]:

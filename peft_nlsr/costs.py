@@ -1,7 +1,8 @@
 """What the two-teacher form costs: arithmetic and memory from shapes alone, and the choice of the cheapest solver.
 
 Operations count a multiplication and an addition as two; those in float64 count twice. Memory is what comes on top of
-the model. Both are models, checked against measurements by tests and by ``benchmarks/two_teacher_block.py``.
+the model. Both are models, checked against measurements by tests and by ``benchmarks/two_teacher_block.py``. Over
+several ranks they are those of the rank with most tokens, communication left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MOMENT_ROWS = 1024  # rows of M made at a time
 ROUNDS = 3  # of block Lanczos, typically, the first one and the shrinking later ones together
 STEPS = 18  # of conjugate gradients in all rounds together, typically
 _PREFIXES = ("", "k", "M", "G", "T", "P")
-THIN = 2.0  # how much slower an operation is in products with few columns, of which iterative consists
+THIN = 10.0  # how much slower an operation is in the thin products of iterative; measured 6 against 60 GFLOP/s
 HELD = ("moment", "dual", "iterative")  # the solvers that keep the tokens
 
 
@@ -25,16 +26,18 @@ class Group:
     """Modules of one block that read the same tensor.
 
     Attributes:
-        tokens: rows that enter the sums; for solvers that keep them, after the draw to ``max_tokens``.
+        tokens: rows that enter one process's sums; for solvers that keep them, after the draw to ``max_tokens``.
         d_in: width of the tensor.
-        d_outs: module -> width of its output.
+        d_outs: module -> width of its output, in the order in which they run.
         rank: largest rank of their updates.
+        processes: how many share the tokens, each having about as many.
     """
 
     tokens: int
     d_in: int
     d_outs: Mapping[str, int]
     rank: int
+    processes: int = 1
 
     def widest(self) -> int:
         """The largest output."""
@@ -54,9 +57,10 @@ def sketch_size(d_in: int, rank: int) -> int:
 def operations(solver: str, group: Group) -> float:
     """Arithmetic of one group's sums and solutions, without the passes of the model."""
     n, d = float(group.tokens), float(group.d_in)
+    everyone = n * group.processes
     if solver == "full":
-        widths = sum(group.d_outs.values())
-        return 2 * n * d * (d + widths) + 4 * d * d * (d / 6 + widths)
+        solved = sum(list(group.d_outs.values())[:: group.processes])
+        return 2 * n * d * (d + sum(group.d_outs.values())) + 4 * d * d * (d / 6 + solved)
     rounds, k = 0.0, 0.0
     for width in group.d_outs.values():
         k = columns(group.rank, width)
@@ -64,7 +68,8 @@ def operations(solver: str, group: Group) -> float:
     if solver == "moment":
         return n * d * d + 2 * d**3 / 3 + rounds + len(group.d_outs) * ROUNDS * 8 * d * d * k
     if solver == "dual":
-        return 2 * n * n * d + 2 * n**3 / 3 + rounds + len(group.d_outs) * ROUNDS * 8 * n * n * k
+        turns = len(group.d_outs) * ROUNDS * 8 * everyone**2 * k
+        return 2 * everyone**2 * d + 2 * everyone**3 / 3 + rounds + turns
     return 4 * n * d * sketch_size(group.d_in, group.rank) + rounds + len(group.d_outs) * STEPS * 4 * n * d * k
 
 
@@ -79,7 +84,8 @@ def working_bytes(solver: str, group: Group, itemsize: int) -> float:
     if solver == "moment":
         return held + 8 * 2 * d * d + max(turning, 4 * MOMENT_ROWS * d)
     if solver == "dual":
-        return held + 8 * 2 * n * n + max(turning, 4 * n * (2 * d + n))
+        everyone = n * group.processes
+        return held + 8 * 2 * everyone**2 + max(turning, 4 * everyone * (2 * d + everyone))
     return held + max(turning, 8 * 5 * d * sketch_size(group.d_in, group.rank))
 
 
@@ -110,16 +116,36 @@ class BlockPass:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The data of one process.
+
+    Attributes:
+        tokens, counted, kept: tokens with padding, with a weight, and kept by solvers that keep tokens.
+        largest_batch: tokens of the largest batch, with padding.
+        nbytes: hidden states and arguments between two blocks.
+        itemsize: bytes of one activation.
+    """
+
+    tokens: int
+    counted: int
+    kept: int
+    largest_batch: int
+    nbytes: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a two-teacher run is expected to cost beside the model itself.
 
     Attributes:
-        pass_operations: of the model's passes, the attention scores left out.
+        pass_operations: of the model's passes, the attention scores left out; as all costs, of rank 0, which has most.
         solve_operations: of all sums and solutions.
         stream_bytes: hidden states and arguments between two blocks.
         peak_bytes: most memory at once, hidden states included.
-        tokens, counted, kept: tokens with padding, with a weight, and kept by solvers that keep tokens.
+        tokens, counted, kept: as in :class:`Share`, of all ranks together.
         solvers: width of the inputs -> the solvers of its groups.
+        ranks: how many processes share the tokens.
     """
 
     pass_operations: float
@@ -130,6 +156,7 @@ class Estimate:
     counted: int
     kept: int
     solvers: dict[int, tuple[str, ...]]
+    ranks: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -141,48 +168,41 @@ class Estimate:
             f"{' and '.join(names)} for {width} inputs" for width, names in sorted(self.solvers.items())
         )
         memory, states = in_words(self.peak_bytes, "B"), in_words(self.stream_bytes, "B")
+        shared = f" on {self.ranks} ranks, each at most" if self.ranks > 1 else ","
         return (
-            f"{self.tokens} tokens, {in_words(self.pass_operations, 'FLOP')} in passes of the model and "
+            f"{self.tokens} tokens{shared} {in_words(self.pass_operations, 'FLOP')} in passes of the model and "
             f"{in_words(self.solve_operations, 'FLOP')} in solutions ({solvers}); about "
             f"{memory} beside the model, {states} of it between blocks"
         )
 
 
-def estimate(
-    blocks: Sequence[BlockPass],
-    *,
-    wanted: str,
-    tokens: int,
-    counted: int,
-    largest_batch: int,
-    streams_bytes: int,
-    itemsize: int,
-) -> Estimate:
+def estimate(blocks: Sequence[BlockPass], shares: Sequence[Share], *, wanted: str) -> Estimate:
     """The cost of a run from its shapes.
 
     Args:
+        blocks: with the tokens that rank 0 has.
+        shares: of every rank, rank 0 first.
         wanted: ``NLSRConfig.solver``.
-        tokens, counted: tokens with padding, and those with a weight.
-        largest_batch: tokens of the largest batch, with padding.
-        itemsize: bytes of one activation.
     """
+    own = shares[0]
     groups = [group for block in blocks for group in block.groups]
     chosen = [(choose_solver(wanted, group), group) for group in groups]
-    sized = [(s, g if s in HELD else replace(g, tokens=counted)) for s, g in chosen]
-    working = max((working_bytes(s, g, itemsize) for s, g in sized), default=0.0)
-    activations = max((_activations(block) for block in blocks), default=0) * largest_batch * itemsize
+    sized = [(s, g if s in HELD else replace(g, tokens=own.counted)) for s, g in chosen]
+    working = max((working_bytes(s, g, own.itemsize) for s, g in sized), default=0.0)
+    activations = max((_activations(block) for block in blocks), default=0)
     return Estimate(
-        pass_operations=sum(_passes(block) for block in blocks) * float(tokens),
+        pass_operations=sum(_passes(block) for block in blocks) * float(own.tokens),
         solve_operations=sum(operations(s, g) for s, g in sized),
-        stream_bytes=float(streams_bytes),
-        peak_bytes=streams_bytes + working + activations,
-        tokens=tokens,
-        counted=counted,
-        kept=groups[0].tokens if groups else 0,
+        stream_bytes=float(own.nbytes),
+        peak_bytes=own.nbytes + working + activations * own.largest_batch * own.itemsize,
+        tokens=sum(share.tokens for share in shares),
+        counted=sum(share.counted for share in shares),
+        kept=sum(share.kept for share in shares),
         solvers={
             width: tuple(sorted({solver for solver, group in chosen if group.d_in == width}))
             for width in sorted({group.d_in for group in groups})
         },
+        ranks=len(shares),
     )
 
 

@@ -1,12 +1,14 @@
-"""Realignment of a model that is spread over processes: rank 0 computes on a plain copy, every rank writes.
+"""Realignment of a model that is spread over processes: replicas share the work, else rank 0 does it; all ranks write.
 
-Under DDP rank 0's replica needs no copy; FSDP2 and ZeRO-3 parameters are gathered one by one. Every function here is
-called by all ranks together. What stops a write on one rank, an interrupt included, undoes it on all.
+Under DDP each rank has a replica; FSDP2 and ZeRO-3 parameters are gathered one by one into a plain copy on rank 0.
+Every function here is called by all ranks together. What stops a write on one rank, an interrupt included, undoes it
+on all.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,9 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapters import LiveAdapter
 from .errors import IncompatibleError, PeftNLSRError, UnsupportedAdapterError
+from .generation import model_digest
 from .lowrank import LowRank
-from .processes import Attempt, computed_by_rank_zero, from_all_ranks, on_every_rank, rank
+from .processes import Attempt, computed_by_rank_zero, from_all_ranks, on_every_rank, rank, world_size
+from .ranks import ALONE, Ranks
 from .record import fingerprint
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -67,6 +73,35 @@ def on_rank_zero(model: nn.Module, work: Callable[[Any], T], *, adapter_name: st
     on_every_rank(lambda: LiveAdapter(readable, adapter_name))
     whole = bare if readable is bare else _plain_copy(bare, lambda _: True, on_this_rank=rank() == 0)
     return computed_by_rank_zero(lambda: work(whole))
+
+
+def on_replicas(model: nn.Module, work: Callable[[Any, Ranks], T], *, adapter_name: str | None = None) -> T:
+    """What ``work`` makes of the whole model, by all ranks together where each of them has the same, else by rank 0.
+
+    Args:
+        model: the model as the trainer has it, wrapped or not.
+        work: gets the unwrapped live model of its rank and all ranks (DDP, ZeRO-1/2, one process), whose methods it
+            may use; or the model that :func:`on_rank_zero` gives, and ``ALONE`` (FSDP2, ZeRO-3, replicas that differ).
+        adapter_name: the adapter that must be fit for realignment; the active one when None.
+
+    Raises:
+        UnsupportedAdapterError: see :func:`refuse_unsupported` and LiveAdapter.
+        Exception: whatever ``work`` raised on any rank, on every rank.
+    """
+    bare = _prepared(model)
+    by_first: Callable[[], T] = partial(
+        on_rank_zero, model, lambda whole: work(whole, ALONE), adapter_name=adapter_name
+    )
+    if world_size() == 1 or _is_sharded(bare):
+        return by_first()
+    ranks = Ranks.launched()
+    with ranks.together():
+        LiveAdapter(bare, adapter_name)
+        if len(set(ranks.gather(model_digest(bare)))) == 1:
+            return work(bare, ranks)
+    if ranks.number == 0:
+        logger.warning("the replicas differ between ranks, so rank 0 works alone")
+    return by_first()
 
 
 def write_updates(

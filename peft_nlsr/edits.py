@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRank, add
+from .ranks import ALONE, Ranks
 from .scores import FactorPair, InputSketch, Moment
 
 EXACT_SVD_SIDE = 1024
@@ -130,6 +132,20 @@ class Solved(NamedTuple):
     solver_error: float = 0.0
 
 
+def merged(ranks: Ranks, own: Mapping[str, Solved], names: Iterable[str], device: torch.device) -> dict[str, Solved]:
+    """What each rank has solved of the named modules, in the same bits on every rank."""
+    if ranks.count == 1:
+        return {name: own[name] for name in names}
+    parts = ranks.gather({name: _moved(solved, torch.device("cpu")) for name, solved in own.items()})
+    found = {name: solved for part in parts for name, solved in part.items()}
+    return {name: _moved(found[name], device) for name in names}
+
+
+def _moved(solved: Solved, device: torch.device) -> Solved:
+    update = solved.update
+    return solved._replace(update=LowRank(update.A.to(device), update.B.to(device), update.scale))
+
+
 @dataclass
 class NormalEquations:
     """Sums of the two-teacher least-squares problem for modules that share one input (docs/DESIGN.md section 6).
@@ -137,6 +153,7 @@ class NormalEquations:
     Attributes:
         moment: ``M (d_in, d_in)``, weighted second moment of the repaired model's inputs.
         cross: per module ``T (d_out, d_in)``, weighted products of wanted output and input.
+        ranks: the processes whose tokens the sums are over; each solves its share of the modules.
 
     Both are as large as the base weight: the closed form needs every pair of inputs once. One group of modules is
     held at a time.
@@ -144,12 +161,16 @@ class NormalEquations:
 
     moment: Tensor
     cross: dict[str, Tensor]
+    ranks: Ranks = ALONE
 
     @classmethod
-    def zeros(cls, d_in: int, d_outs: dict[str, int], device: torch.device) -> NormalEquations:
+    def zeros(
+        cls, d_in: int, d_outs: Mapping[str, int], device: torch.device, ranks: Ranks = ALONE
+    ) -> NormalEquations:
         return cls(
             torch.zeros(d_in, d_in, dtype=torch.float64, device=device),
             {name: torch.zeros(d, d_in, dtype=torch.float64, device=device) for name, d in d_outs.items()},
+            ranks,
         )
 
     def add(self, inputs: Tensor, wanted: dict[str, Tensor], weights: Tensor) -> None:
@@ -164,14 +185,22 @@ class NormalEquations:
 
         ``dW'' = (T + e dW_t) (M + e I)^-1`` with ``e = ridge * mean diag M``, then the best rank-r factors under
         ``|D M^(1/2)|``. With ``M = L L^T`` the singular vectors of ``D L = T L^-T`` give both without forming D.
+        Over several ranks the sums are added up, in place, and each module is solved by one of them.
         """
+        for total in (self.moment, *self.cross.values()):
+            self.ranks.add_up(total)
         epsilon = ridge * float(self.moment.diagonal().mean())
+        own = self.ranks.own(list(self.cross))
+        solved = self._solutions({name: tuned[name] for name in own}, epsilon, seed) if own else {}
+        return merged(self.ranks, solved, self.cross, self.moment.device)
+
+    def _solutions(self, tuned: dict[str, LowRank], epsilon: float, seed: int) -> dict[str, Solved]:
         M = self.moment.clone()
         M.diagonal().add_(epsilon)
         root = torch.linalg.cholesky(M)
         solved = {}
-        for name, T in self.cross.items():
-            t = tuned[name]
+        for name, t in tuned.items():
+            T = self.cross[name]
             T = T + epsilon * t.scale * (t.B.to(T) @ t.A.to(T))
             whitened = torch.linalg.solve_triangular(root, T.T, upper=False)
             left, error = top_directions(whitened.T, t.rank, seed=seed)

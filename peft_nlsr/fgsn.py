@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import LiveAdapter
-from .blocks import capture, find_blocks, playing, require_active, run_block
+from .blocks import capture, find_blocks, playing, require_active, rows_of, run_block
 from .config import CONFIG_NAME, NLSRConfig
-from .errors import CalibrationError, PeftNLSRError, UnsupportedAdapterError
+from .errors import CalibrationError, PeftNLSRError
 from .examples import Example, batches_of, collate
 from .files import read_json
 from .generation import quiet
@@ -461,13 +461,8 @@ class _Seen:
         tokens = 0
 
         def note(name: str, x: Tensor) -> None:
-            flat = x.flatten(0, -2)
-            if len(flat) != len(counted):
-                raise UnsupportedAdapterError(
-                    f"{name} received {len(flat)} rows for {len(counted)} tokens (routed or re-ordered tokens); leave "
-                    "it out of the adapter, or choose other blocks by safety_layers"
-                )
-            part = self._part(name, flat[counted.to(x.device)].float())
+            rows = rows_of(x, counted, name, instead="choose other blocks by safety_layers")
+            part = self._part(name, rows.float())
             sums[name] = sums[name] + part if name in sums else part
 
         with _noting(self._adapter, self._names, note):

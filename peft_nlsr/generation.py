@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .errors import PeftNLSRError
+from .ranks import ALONE, Ranks
 
 
 def find_tokenizer(model: Any) -> Any:
@@ -48,16 +49,19 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[tuple[int, ...]]:
     """The model's greedy answers, token ids up to and including its end of sequence, in the order of ``prompts``.
 
-    Arguments are those of :func:`answers_in_batches`.
+    Arguments are those of :func:`answers_in_batches`. Over several ranks each answers its share of the batches, and
+    all get all answers.
     """
-    answers: dict[int, tuple[int, ...]] = {}
+    own: dict[int, tuple[int, ...]] = {}
     for found in answers_in_batches(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress, ranks=ranks
     ):
-        answers |= found
+        own |= found
+    answers = {i: answer for part in ranks.gather(own) for i, answer in part.items()}
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -69,6 +73,7 @@ def answers_in_batches(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[dict[int, tuple[int, ...]]]:
     """The greedy answers of one batch after the other, by position in ``prompts``.
 
@@ -81,6 +86,7 @@ def answers_in_batches(
         prompts: token ids, non-empty each.
         max_new_tokens: answers are cut there.
         progress: text of a progress bar; None for none.
+        ranks: of the batches only this rank's share is answered.
     """
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -93,8 +99,10 @@ def answers_in_batches(
     for i, prompt in enumerate(prompts):
         positions.setdefault(tuple(prompt), []).append(i)
     order = sorted(positions, key=len, reverse=True)
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="answer") as bar:
-        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    batches = ranks.own([order[i : i + batch_size] for i in range(0, len(order), batch_size)])
+    total = sum(len(positions[prompt]) for batch in batches for prompt in batch)
+    with tqdm(total=total, desc=progress, disable=progress is None, leave=False, unit="answer") as bar:
+        for batch in batches:
             answers = _answer(model, batch, settings)
             found = {i: answer for prompt, answer in zip(batch, answers, strict=True) for i in positions[prompt]}
             bar.update(len(found))

@@ -86,7 +86,7 @@ class Attempt:
 
     def settle(self) -> None:
         """Raise, on every rank, the first error that any rank has met."""
-        errors = from_all_ranks(None if self.error is None else _portable(self.error))
+        errors = from_all_ranks(None if self.error is None else portable(self.error))
         if self.error is not None:
             raise self.error
         for rank, error in enumerate(errors):
@@ -95,7 +95,7 @@ class Attempt:
                 raise error
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error itself when it survives pickling, else one with its name and message."""
     try:
         again = pickle.loads(pickle.dumps(error))
@@ -113,12 +113,12 @@ def computed_by_rank_zero(work: Callable[[], T]) -> T:
             return work()
     attempt = Attempt()
     packed = None
-    with _others_waiting():
+    with others_waiting():
         if rank() == 0:
             with _without_zero3():
-                packed = attempt.make(lambda: _Packed.of(work()))
+                packed = attempt.make(lambda: Packed.of(work()))
     attempt.settle()
-    return _received(packed)
+    return received(packed)
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _without_zero3() -> Iterator[None]:
 
 
 @contextmanager
-def _others_waiting() -> Iterator[None]:
+def others_waiting() -> Iterator[None]:
     """Rank 0 passes through; the others leave once rank 0 has left.
 
     They ask the process group's store, because a collective that waits for long work is killed by the timeout.
@@ -146,19 +146,21 @@ def _others_waiting() -> Iterator[None]:
     finally:
         if rank() == 0:
             store.set(key, "1")
+    pause = 0.001
     while not store.check([key]):
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """A picklable value with its tensors taken out, so that they can be sent one by one and end up on the CPU."""
 
     frame: bytes
     tensors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, value: Any) -> _Packed:
+    def of(cls, value: Any) -> Packed:
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(value)
@@ -194,7 +196,7 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[number]
 
 
-def _received(packed: _Packed | None) -> Any:
+def received(packed: Packed | None) -> Any:
     """Rank 0's packed value, opened on every rank."""
     plan: list[Any] = [None]
     if packed is not None:
@@ -209,4 +211,4 @@ def _received(packed: _Packed | None) -> Any:
         if flat.numel():
             dist.broadcast(flat, src=0)
         tensors.append(flat.cpu().view(dtype).reshape(shape))
-    return _Packed(frame, tuple(tensors)).open()
+    return Packed(frame, tuple(tensors)).open()

@@ -1,6 +1,7 @@
 """Realignment of a live model: plan, apply, revert, and all three in one call.
 
-Everything is computed and checked before the first parameter changes; a failure leaves the model as it was.
+Everything is computed and checked before the first parameter changes; a failure leaves the model as it was, on every
+rank where several work together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from .config import NLSRConfig
 from .edits import restore_one_shot
 from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, collated, sample
-from .generation import find_tokenizer
+from .generation import find_tokenizer, model_digest
 from .judges import Judge, refuses
 from .lowrank import LowRank
 from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore
 from .patch import SafetyPatch
 from .projection import read_delta
 from .prompts import builtin_prompts
+from .ranks import ALONE, Ranks
 from .record import ModuleRecord, Realignment, fingerprint, new_record
 from .reference import BASE_REFERENCE, Reference, factor_similarity, read_reference, reference_for_masks
 from .registration import forget, keep_with_adapter
@@ -61,6 +64,7 @@ def nlsr_realign(
     previous: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    data_parallel: bool = False,
     progress: bool = True,
 ) -> Any:
     """Restore the safety of a fine-tuned LoRA adapter and return the same model; the record is
@@ -86,6 +90,9 @@ def nlsr_realign(
         adapter_name: which adapter; the active one when None.
         work_dir: for the two-teacher form, a folder for the blocks solved so far: the same call goes on there after an
             interruption, with the same result bit for bit. Removed when all blocks are solved.
+        data_parallel: all processes of a job started with ``torchrun`` or ``accelerate launch`` make this call
+            together, each with the whole model on its device and the same arguments, and share the two-teacher form's
+            examples; any other method is computed by rank 0. All get the same result. With False each works alone.
 
     Raises:
         PeftNLSRError: see its subclasses; nothing has changed then.
@@ -106,9 +113,10 @@ def nlsr_realign(
         previous=previous,
         adapter_name=adapter_name,
         work_dir=work_dir,
+        data_parallel=data_parallel,
         progress=progress,
     )
-    apply(peft_model, planned)
+    _apply(peft_model, planned, Ranks.launched() if data_parallel else ALONE)
     return peft_model
 
 
@@ -126,6 +134,7 @@ def plan(
     previous: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    data_parallel: bool = False,
     progress: bool = True,
 ) -> Realignment:
     """What :func:`nlsr_realign` would do, with the new updates in it; the model is not changed (dry run).
@@ -137,31 +146,68 @@ def plan(
             f"expected a model in memory, found a {type(peft_model).__name__}; load it with "
             "PeftModel.from_pretrained, or realign its files with realign_folder and a patch"
         )
-    adapter = LiveAdapter(peft_model, adapter_name)
-    config = config or NLSRConfig()
-    earlier = _earlier(adapter, config, previous)
-    patch = SafetyPatch.from_pretrained(patch) if isinstance(patch, str | os.PathLike) else patch
-    source = _read_source(reference, adapter, config)
-    data = _Data(calibration, utility, tokenizer, judge, progress, None if work_dir is None else Path(work_dir))
-    method, reason = choose_method(adapter, config, patch=patch, reference=source)
-    logger.info("realigning %d modules by %s: %s", len(adapter), method, reason)
-    with _solvable():
-        if method in _PLANNERS:
-            found = _PLANNERS[method](adapter, config, source, data)
-        elif method == "fgsn":
-            found = _plan_fgsn(adapter, config, source, data, earlier)
-        elif method in ("sum", "swap"):
-            found = _plan_nlsr(adapter, replace(config, update=method), patch, source, _open(weak), data)
-        elif method == "one_shot":
-            found = _plan_one_shot(adapter, config, source, data)
-        else:
-            found = _plan_two_teacher(adapter, config, source, data)
-    given = {"patch": patch, "reference": reference, "weak": weak, "calibration": calibration, "utility": utility}
-    given["work_dir"] = work_dir
-    notes = found.notes + _unused(method, config, {name for name, value in given.items() if value is not None})
-    for note in notes:
+    arguments = {"patch": patch, "reference": reference, "weak": weak, "calibration": calibration, "utility": utility}
+    given = {name for name, value in {**arguments, "work_dir": work_dir}.items() if value is not None}
+    ranks = Ranks.launched() if data_parallel else ALONE
+    with ranks.together():
+        adapter = LiveAdapter(peft_model, adapter_name)
+        config = config or NLSRConfig()
+        earlier = _earlier(adapter, config, previous)
+        patch = SafetyPatch.from_pretrained(patch) if isinstance(patch, str | os.PathLike) else patch
+        source = _read_source(reference, adapter, config)
+        method, reason = choose_method(adapter, config, patch=patch, reference=source)
+        if ranks.count > 1:
+            ranks.require_same(_seen_by_a_rank(adapter, config, source, method, given))
+        if ranks.number == 0:
+            logger.info("realigning %d modules by %s: %s", len(adapter), method, reason)
+        shared = method == "two_teacher"
+        folder = None if work_dir is None else Path(work_dir)
+        data = _Data(calibration, utility, tokenizer, judge, progress, folder, ranks if shared else ALONE)
+        make = partial(_made, method, adapter, config, source, data, patch=patch, weak=weak, earlier=earlier)
+        own = make() if shared else None
+        found = ranks.first(lambda: make() if own is None else own)
+    notes = found.notes + _unused(method, config, given)
+    for note in notes if ranks.number == 0 else ():
         logger.warning(note)
     return replace(found, method=method, reason=reason, notes=notes)
+
+
+def _seen_by_a_rank(
+    adapter: LiveAdapter, config: NLSRConfig, reference: Reference, method: str, given: set[str]
+) -> dict[str, Any]:
+    """What must be the same on all ranks that work together."""
+    return {
+        "the model": model_digest(adapter.model),
+        "the adapter": fingerprint(adapter),
+        "the reference": None if reference.updates is None else fingerprint(reference.updates),
+        "the configuration": config.to_dict(),
+        "the method": method,
+        "the arguments that were given": sorted(given),
+    }
+
+
+def _made(
+    method: str,
+    adapter: LiveAdapter,
+    config: NLSRConfig,
+    reference: Reference,
+    data: _Data,
+    *,
+    patch: SafetyPatch | None,
+    weak: Any,
+    earlier: fgsn.Earlier | None,
+) -> Realignment:
+    """The plan by one of the methods."""
+    with _solvable():
+        if method in _PLANNERS:
+            return _PLANNERS[method](adapter, config, reference, data)
+        if method == "fgsn":
+            return _plan_fgsn(adapter, config, reference, data, earlier)
+        if method in ("sum", "swap"):
+            return _plan_nlsr(adapter, replace(config, update=method), patch, reference, _open(weak), data)
+        if method == "one_shot":
+            return _plan_one_shot(adapter, config, reference, data)
+        return _plan_two_teacher(adapter, config, reference, data)
 
 
 def choose_method(
@@ -245,8 +291,9 @@ class _Data:
         judge: Judge,
         progress: bool,
         work_dir: Path | None,
+        ranks: Ranks,
     ) -> None:
-        self.calibration, self.utility, self.work_dir = calibration, utility, work_dir
+        self.calibration, self.utility, self.work_dir, self.ranks = calibration, utility, work_dir, ranks
         self._tokenizer, self.judge, self.progress = tokenizer, judge, progress
 
     def tokenizer(self, adapter: LiveAdapter) -> Any:
@@ -272,6 +319,7 @@ class _Data:
             judge=self.judge,
             config=config,
             progress=self.progress,
+            ranks=self.ranks,
         )
 
 
@@ -288,6 +336,7 @@ def _plan_two_teacher(adapter: LiveAdapter, config: NLSRConfig, reference: Refer
         pad_id=padding_of(data.tokenizer(adapter)),
         progress=data.progress,
         work_dir=data.work_dir,
+        ranks=data.ranks,
     )
     notes = teaching.notes + solution.notes
     if solution.left_alone:
@@ -489,7 +538,19 @@ def apply(peft_model: Any, planned: Realignment) -> Realignment:
     Raises:
         IncompatibleError: the adapter has changed since it was planned, or the plan is a dry run on files.
     """
+    return _apply(peft_model, planned, ALONE)
+
+
+def _apply(peft_model: Any, planned: Realignment, ranks: Ranks) -> Realignment:
+    """Every rank writes, or none does."""
     adapter = LiveAdapter(peft_model, planned.adapter_name)
+    with adapter.undone_on_failure(adapter), ranks.together():
+        _require_planned_for(adapter, planned)
+        adapter.write(planned.updates)
+    return adopt(adapter.model, planned, LiveAdapter(peft_model, planned.adapter_name))
+
+
+def _require_planned_for(adapter: LiveAdapter, planned: Realignment) -> None:
     if set(planned.updates) != set(planned.restored):
         raise IncompatibleError("this plan holds no updates (a dry run on files); make one with plan(model, ...)")
     if fingerprint(adapter) not in (planned.fingerprint_before, planned.data.get(fgsn.CONTINUES)):
@@ -497,8 +558,6 @@ def apply(peft_model: Any, planned: Realignment) -> Realignment:
             f"adapter {planned.adapter_name!r} is not the one this realignment was planned for (its weights differ); "
             "plan again"
         )
-    adapter.write(planned.updates)
-    return adopt(adapter.model, planned, LiveAdapter(peft_model, planned.adapter_name))
 
 
 def adopt(

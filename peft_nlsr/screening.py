@@ -23,6 +23,7 @@ from .examples import Example, batches_of, knows_words, sample
 from .generation import generate_answers, pad_id, quiet
 from .judges import Judge, verdicts_of
 from .prompts import REFUSALS, builtin_prompts
+from .ranks import ALONE, Ranks
 from .reference import Reference
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def prepare_data(
     judge: Judge,
     config: NLSRConfig,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> TeachingData:
     """Read, answer and screen both kinds of data; built-in prompts stand in for what is not given.
 
@@ -71,13 +73,14 @@ def prepare_data(
         utility: the user's own data; without it the built-in benign prompts are answered by the fine-tuned model.
         safe_teacher: module -> update of the safe adapter, or None for the base model.
         judge: which answers are refusals.
+        ranks: the processes that share the prompts, each with the same model; what rank 0 reads and judges counts.
 
     Raises:
         IncompatibleError: the model does not compute with this adapter alone.
         ValueError: the judge did not give one verdict per answer, or one that is neither true nor false.
     """
     require_active(adapter)
-    asking = _Asking(adapter, tokenizer, judge, config, progress)
+    asking = _Asking(adapter, tokenizer, judge, config, progress, ranks)
     with quiet(adapter.model), torch.no_grad():
         safety, record, notes = _safety(asking, calibration, safe_teacher)
         kept, refused, utility_record, more = _utility(asking, utility, safe_teacher)
@@ -93,7 +96,7 @@ def _utility(
     if utility is None:
         kept, record, notes = _stand_in(asking)
         return kept, [], record, notes
-    rows = sample(utility, asking.tokenizer, config, times=2)
+    rows = asking.sample(utility, times=2)
     if not config.screening:
         kept = rows[: config.max_samples]
         return kept, [], {"utility": {"source": "given", "used": len(kept)}}, ()
@@ -170,17 +173,18 @@ def safest(
     judge: Judge,
     config: NLSRConfig,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Reference:
     """The candidate that refuses most of the safety prompts, given or built in; the first one where they are equal.
 
     The description of the result says how many each refused. Without prompts that the tokenizer knows, nothing can be
     asked and the first candidate is returned.
     """
-    asking = _Asking(adapter, tokenizer, judge, config, progress)
+    asking = _Asking(adapter, tokenizer, judge, config, progress, ranks)
     if calibration is None and not asking.knows(_rows("safety")):
         return candidates[0]
     source = _rows("safety") if calibration is None else calibration
-    prompts = sample(source, tokenizer, config)
+    prompts = asking.sample(source)
     prompts = [e for e in prompts if e.prompt]
     counts: list[int] = []
     with quiet(adapter.model), torch.no_grad():
@@ -195,13 +199,22 @@ def safest(
 
 @dataclass(frozen=True)
 class _Asking:
-    """Everything needed to let a model answer prompts and have the answers judged."""
+    """Everything needed to let a model answer prompts and have the answers judged.
+
+    Over several ranks each answers its share; what is read and how it is judged is told by rank 0, because a data set
+    or a judge may not be the same twice.
+    """
 
     adapter: LiveAdapter
     tokenizer: Any
     judge: Judge
     config: NLSRConfig
     progress: bool
+    ranks: Ranks = ALONE
+
+    def sample(self, data: Iterable[Any], *, times: int = 1) -> list[Example]:
+        """As many examples of the data as the configuration asks for, see :func:`peft_nlsr.examples.sample`."""
+        return self.ranks.first(lambda: sample(data, self.tokenizer, self.config, times=times))
 
     def knows(self, rows: Sequence[dict[str, str]]) -> bool:
         """Whether the tokenizer knows the words of the prompts."""
@@ -215,7 +228,8 @@ class _Asking:
             [e.prompt for e in examples],
             max_new_tokens=self.config.answer_tokens,
             batch_size=self.config.nlsr_batch_size,
-            progress=what if self.progress else None,
+            progress=what if self.progress and self.ranks.number == 0 else None,
+            ranks=self.ranks,
         )
         return [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
 
@@ -223,19 +237,18 @@ class _Asking:
         """Which of the examples' answers are refusals."""
         prompts = [self.tokenizer.decode(e.prompt, skip_special_tokens=True) for e in examples]
         answers = [self.tokenizer.decode(e.answer, skip_special_tokens=True) for e in examples]
-        return verdicts_of(self.judge, prompts, answers) if examples else []
+        return self.ranks.first(lambda: verdicts_of(self.judge, prompts, answers)) if examples else []
 
 
 def _safety(
     asking: _Asking, calibration: Iterable[Any] | None, teacher: Factors
 ) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
     """Safety examples, all answered; where the teacher does not refuse, a canned refusal replaces its answer."""
-    config = asking.config
     given = calibration is not None
     source = calibration if calibration is not None else _rows("safety")
     if calibration is None and not asking.knows(_rows("safety")):
         return [], {"safety": {"source": "built-in prompts", "used": 0}}, (_NOT_OUR_LANGUAGE,)
-    examples = sample(source, asking.tokenizer, config)
+    examples = asking.sample(source)
     answered = [e for e in examples if e.answer]
     open_prompts = [e for e in examples if not e.answer]
     notes: tuple[str, ...] = ()
@@ -266,10 +279,9 @@ def _safety(
 
 def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
     """Built-in benign prompts and look-alikes, answered by the fine-tuned model, in place of the user's data."""
-    config = asking.config
     if not asking.knows(_rows("benign")):
         raise CalibrationError(f"{_NOT_OUR_LANGUAGE}, and no utility data were given; pass utility=<training data>")
-    prompts = sample(_rows("benign") + _rows("lookalike"), asking.tokenizer, config)
+    prompts = asking.sample(_rows("benign") + _rows("lookalike"))
     replies = asking.answers(prompts, "fine-tuned model answers benign prompts")
     note = (
         "no utility data were given: the fine-tuned model's answers to built-in benign prompts stand in, so skills "

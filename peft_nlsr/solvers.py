@@ -3,21 +3,23 @@
 ``edits.NormalEquations`` sums ``M (d_in, d_in)`` and ``T (d_out, d_in)`` in float64. Here the tokens themselves are
 kept and only the ``r`` directions that the adapter can hold are looked for, by block Lanczos on ``T M^-1 T^T``.
 What remains is to apply ``M^-1`` to a few columns, in one of three ways (:data:`INVERSES`). Nothing is approximated
-in silence: every solution carries a measured error.
+in silence: every solution carries a measured error. Over several ranks each keeps its own tokens, and all run the
+same iteration on sums over all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .costs import MOMENT_ROWS, columns, sketch_size
-from .edits import Solved, balanced
+from .edits import Solved, balanced, merged
 from .lowrank import LowRank
+from .ranks import ALONE, Ranks
 
 TOLERANCE = 3e-3  # of the measured error; iteration ends there
 SOLVED_TO = TOLERANCE / 5  # error of the first columns; later ones matter less, as much less as the error has fallen
@@ -33,13 +35,17 @@ Inverse = Callable[[Tensor, float], tuple[Tensor, float]]
 class Weighted:
     """``diag(sqrt(w)) X`` for tokens kept in chunks of any floating dtype; products are float32.
 
+    All products are made chunk by chunk, so that they have the same bits whichever rank keeps the chunk.
+
     Attributes:
         chunks: rows ``(n_i, d)`` as the model made them.
         roots: square roots of all token weights ``(n, 1)``.
+        ranks: the processes that keep the other tokens; what is summed over tokens is summed over theirs too.
     """
 
     chunks: Sequence[Tensor]
     roots: Tensor
+    ranks: Ranks = ALONE
 
     @property
     def width(self) -> int:
@@ -49,18 +55,23 @@ class Weighted:
         """``(d, k) -> (n, k)``."""
         return torch.cat([chunk.float() @ v for chunk in self.chunks]) * self.roots
 
+    def mapped(self, matrix: Tensor) -> Weighted:
+        """The same tokens after a linear map ``(d, k)``."""
+        return replace(self, chunks=[chunk.float() @ matrix for chunk in self.chunks])
+
     def adjoint(self, v: Tensor) -> Tensor:
-        """``(n, k) -> (d, k)``."""
-        total = v.new_zeros(self.width, v.shape[1])
+        """``(n, k) -> (d, k)``; chunks and ranks are added in float64, so that their order does not matter."""
+        total = v.new_zeros(self.width, v.shape[1], dtype=torch.float64)
         parts = (v * self.roots).split([len(chunk) for chunk in self.chunks])
         for chunk, part in zip(self.chunks, parts, strict=True):
             total += chunk.float().T @ part
-        return total
+        return self.ranks.add_up(total).to(v)
 
     def power(self) -> float:
         """The trace of the weighted second moment."""
         parts = self.roots.split([len(chunk) for chunk in self.chunks])
-        return sum(float((c.float() * p).square().sum()) for c, p in zip(self.chunks, parts, strict=True))
+        own = sum(float((c.float() * p).square().sum()) for c, p in zip(self.chunks, parts, strict=True))
+        return float(self.ranks.add_up(torch.tensor([own], dtype=torch.float64)))
 
 
 @dataclass
@@ -71,6 +82,7 @@ class HeldTokens:
         solver: how ``M^-1`` is applied, a key of :data:`INVERSES`.
         inputs, weights: the repaired model's inputs ``(n_i, d_in)`` and token weights ``(n_i,)``, batch by batch.
         wanted: per module, teacher minus base ``(n_i, d_out)``.
+        ranks: the processes that keep the other tokens.
 
     Inputs in 16 bits are kept as they are, and the wanted outputs beside them as bfloat16; all else is float32.
     """
@@ -79,6 +91,17 @@ class HeldTokens:
     inputs: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     wanted: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def none(
+        cls, solver: str, d_in: int, d_outs: Mapping[str, int], device: torch.device, ranks: Ranks = ALONE
+    ) -> HeldTokens:
+        """No tokens yet, but their widths, which a rank without any of its own needs."""
+        held = cls(solver, ranks=ranks)
+        empty = torch.zeros(0, device=device)
+        held.add(empty.reshape(0, d_in), {name: empty.reshape(0, d) for name, d in d_outs.items()}, empty)
+        return held
 
     def add(self, inputs: Tensor, wanted: dict[str, Tensor], weights: Tensor) -> None:
         """Add tokens, shapes as in :meth:`peft_nlsr.edits.NormalEquations.add`."""
@@ -89,16 +112,19 @@ class HeldTokens:
             self.wanted.setdefault(name, []).append(target.to(torch.bfloat16 if short else torch.float32))
 
     def solve(self, tuned: dict[str, LowRank], *, ridge: float, seed: int) -> dict[str, Solved]:
-        """The best rank-r update of each module with its truncation error and its measured solver error."""
+        """The best rank-r update of each module with its truncation error and its measured solver error.
+
+        Over several ranks that of rank 0: the others' may differ in their last bits.
+        """
         roots = torch.cat(self.weights).sqrt()[:, None]
-        X = Weighted(self.inputs, roots)
+        X = Weighted(self.inputs, roots, self.ranks)
         epsilon = ridge * X.power() / X.width
         inverse = INVERSES[self.solver](X, epsilon, max(tuned[name].rank for name in self.wanted), seed)
         solved = {}
         for name, chunks in self.wanted.items():
-            code = X.times(tuned[name].A.to(roots).T)
-            solved[name] = _Problem(X, Weighted(chunks, roots), tuned[name], code, epsilon, inverse).solve(seed)
-        return solved
+            code, Y = X.mapped(tuned[name].A.to(roots).T), Weighted(chunks, roots, self.ranks)
+            solved[name] = _Problem(X, Y, tuned[name], code, epsilon, inverse).solve(seed)
+        return merged(self.ranks, solved if self.ranks.number == 0 else {}, self.wanted, roots.device)
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ class _Problem:
     X: Weighted
     Y: Weighted
     tuned: LowRank
-    tuned_code: Tensor
+    tuned_code: Weighted
     epsilon: float
     inverse: Inverse
 
@@ -134,7 +160,9 @@ class _Problem:
             said = torch.cat([said, torch.full((block.shape[1],), solve_error, dtype=torch.float64)])
             sizes, turn = _ritz(basis, image)
             turned = _turned_errors(basis, image, sizes, turn, rank)
-            error = float((_solve_errors(said, basis, image, turn, rank) + turned.sum()) ** 0.5)
+            squares = torch.cat([turned, _solve_errors(said, basis, image, turn, rank).reshape(1)])
+            squares = self.X.ranks.of_first(squares)
+            turned, error = squares[:-1], float(squares.sum() ** 0.5)
             block = self._beyond(basis, image, sizes, turn, turned > TOLERANCE**2 / (2 * rank))
             if error <= TOLERANCE or error > 0.7 * before or block.shape[1] == 0:
                 break
@@ -160,7 +188,7 @@ class _Problem:
         """
         A, B, scale = self.tuned.A.to(basis), self.tuned.B.to(basis), self.tuned.scale
         code = scale * (B.T @ basis)
-        moved, error = self.inverse(self.Y.times(basis) - self.tuned_code @ code, precision)
+        moved, error = self.inverse(self.Y.times(basis) - self.tuned_code.times(code), precision)
         return A.T @ code + moved, error
 
     def _image(self, rows: Tensor) -> Tensor:
@@ -224,6 +252,7 @@ def _by_moment(X: Weighted, epsilon: float, rank: int, seed: int) -> Inverse:
         x = chunk.float() * roots
         for begin in range(0, d, MOMENT_ROWS):
             moment[begin : begin + MOMENT_ROWS, begin:] += x[:, begin : begin + MOMENT_ROWS].T @ x[:, begin:]
+    X.ranks.add_up(moment)
     moment.diagonal().add_(epsilon)
     root = torch.linalg.cholesky(moment, upper=True)
 
@@ -235,13 +264,14 @@ def _by_moment(X: Weighted, epsilon: float, rank: int, seed: int) -> Inverse:
 
 def _by_tokens(X: Weighted, epsilon: float, rank: int, seed: int) -> Inverse:
     """Exact, for few tokens: ``(X^T X + e I)^-1 X^T = X^T (X X^T + e I)^-1``."""
-    rows = torch.cat([chunk.float() for chunk in X.chunks]) * X.roots
+    rows, place = X.ranks.stacked(torch.cat([chunk.float() for chunk in X.chunks]) * X.roots)
     gram = (rows @ rows.T).double()
     gram.diagonal().add_(epsilon)
     root = torch.linalg.cholesky(gram)
 
     def solve(v: Tensor, precision: float) -> tuple[Tensor, float]:
-        return X.adjoint(torch.cholesky_solve(v.double(), root).to(v)), 0.0
+        solved = torch.cholesky_solve(X.ranks.stacked(v)[0].double(), root)
+        return X.adjoint(solved[place].to(v)), 0.0
 
     return solve
 
@@ -255,7 +285,7 @@ def _by_gradients(X: Weighted, epsilon: float, rank: int, seed: int) -> Inverse:
         return whiten(X.adjoint(X.times(u)) + epsilon * u)
 
     def solve(v: Tensor, precision: float) -> tuple[Tensor, float]:
-        found, error = block_conjugate_gradients(system, whiten(X.adjoint(v)), precision)
+        found, error = block_conjugate_gradients(system, whiten(X.adjoint(v)), precision, X.ranks)
         return whiten(found), error
 
     return solve
@@ -281,13 +311,14 @@ def _whitening(X: Weighted, epsilon: float, size: int, seed: int) -> Callable[[T
 
 
 def block_conjugate_gradients(
-    system: Callable[[Tensor], Tensor], wanted: Tensor, precision: float
+    system: Callable[[Tensor], Tensor], wanted: Tensor, precision: float, ranks: Ranks = ALONE
 ) -> tuple[Tensor, float]:
     """Columns ``x (d, k)`` with ``system(x) = wanted`` for a symmetric positive definite system, and the error.
 
     The block form with QR of the residuals (Dubrulle 2001), which stays stable when columns become dependent. The
     error is relative, in the norm of the system, and that of one step earlier: the energy that the last step gained
-    (Strakos and Tichy 2002), with the steps that were not done as a geometric series.
+    (Strakos and Tichy 2002), with the steps that were not done as a geometric series. It is rank 0's, so that all
+    ranks end at the same step.
     """
     x = torch.zeros_like(wanted)
     residual, size = torch.linalg.qr(wanted)
@@ -302,6 +333,7 @@ def block_conjugate_gradients(
         energy = float((x.double() * wanted.double()).sum())
         slowness = min(gains[-1] / gains[-2], SLOWEST) if len(gains) > 1 and gains[-2] > 0.0 else SLOWEST
         error = (gains[-1] / (1.0 - slowness) / energy) ** 0.5 if energy > 0.0 else 1.0
+        error = float(ranks.of_first(torch.tensor([error], dtype=torch.float64)))
         if error <= precision:
             break
         residual, turn = torch.linalg.qr(residual - applied @ step)

@@ -1,12 +1,14 @@
 """The data of the two-teacher form on their way through the blocks: hidden states, batch by batch.
 
 Between two blocks only hidden states are kept, on the model's device or, where that has not the memory, on the CPU.
+Over several ranks each has whole batches of its own, the same as one process would make.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, capture, playing, prove_chain, run_block
+from .config import NLSRConfig
 from .examples import Example, batches_of, collate, token_weights
 from .lowrank import LowRank
+from .ranks import Ranks
 
 DEVICE_SHARE = 0.5  # of the free memory of an accelerator, that hidden states may take before they go to the CPU
 
@@ -63,7 +67,7 @@ class Stream:
 
     def batch(self, which: int, block: int) -> Batch:
         """A batch as it stands before a block."""
-        weights, drawn = self.weights[which], self.drawn[which] if self.drawn else self.weights[which]
+        weights, drawn = self.weights[which], self.drawn[which]
         if self.home == self.device:
             return Batch(weights, drawn, self.taught[which], self.repaired[which], self.arguments[which][block])
         moved = (self.taught[which], self.repaired[which], self.arguments[which][block])
@@ -94,15 +98,47 @@ class Stream:
         return sum(t.nbytes for t in (*self.taught, *self.repaired, *self.weights)) + sum(others.values())
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Examples in batches, with the weights of their tokens.
+
+    Attributes:
+        batches: examples of similar length.
+        weights, drawn: per batch, see :class:`Batch`.
+    """
+
+    batches: list[list[Example]]
+    weights: list[Tensor]
+    drawn: list[Tensor]
+
+    def share(self, ranks: Ranks) -> Weighed:
+        """The batches of one rank; there may be none."""
+        return Weighed(ranks.own(self.batches), ranks.own(self.weights), ranks.own(self.drawn))
+
+
+def weigh(data: Sequence[tuple[Sequence[Example], float]], config: NLSRConfig) -> list[Weighed]:
+    """Batches of several kinds of data; each kind's weights add up to the number beside it.
+
+    Args:
+        config: ``decision_weight``, ``nlsr_batch_size``, ``max_tokens`` and ``nlsr_seed`` are read.
+    """
+    batches = [batches_of(examples, config.nlsr_batch_size) for examples, _ in data]
+    weights = [_weights(found, total, config.decision_weight) for found, (_, total) in zip(batches, data, strict=True)]
+    drawn = iter(draw_tokens([w for each in weights for w in each], config.max_tokens, config.nlsr_seed))
+    return [Weighed(b, w, list(islice(drawn, len(w)))) for b, w in zip(batches, weights, strict=True)]
+
+
+def _weights(batches: list[list[Example]], total: float, decision_weight: float) -> list[Tensor]:
+    found = sum(float(token_weights([e], decision_weight).sum()) for batch in batches for e in batch)
+    return [token_weights(batch, decision_weight) * (total / found) for batch in batches]
+
+
 def open_stream(
     adapter: LiveAdapter,
     modules: Sequence[nn.Module],
-    examples: Sequence[Example],
+    weighed: Weighed,
     teacher: Factors,
     *,
-    weight: float,
-    decision_weight: float,
-    batch_size: int,
     pad_id: int,
     offload: str,
 ) -> Stream:
@@ -110,24 +146,22 @@ def open_stream(
 
     Args:
         modules: the blocks.
-        weight: what all token weights add up to.
         offload: ``always``, ``never`` or ``auto``, see ``NLSRConfig.offload``.
     """
     device = next(adapter.model.parameters()).device
-    batches = batches_of(examples, batch_size)
-    total = sum(float(token_weights([e], decision_weight).sum()) for e in examples)
     stream = Stream(teacher, device, device)
-    for which, batch in enumerate(batches):
+    stream.weights = [w.to(device) for w in weighed.weights]
+    stream.drawn = [w.to(device) for w in weighed.drawn]
+    for which, batch in enumerate(weighed.batches):
         tokens = collate(batch, pad_id, device)
         if which == 0:
             prove_chain(adapter.model, modules, tokens)
         seen = capture(adapter.model, modules, tokens)
         if which == 0:
-            needed = 2 * seen.hidden.nbytes / len(batch) * len(examples)
+            needed = 2 * seen.hidden.nbytes / len(batch) * sum(map(len, weighed.batches))
             stream.home = torch.device("cpu") if _goes_home(offload, device, needed) else device
         with as_teacher(adapter, teacher):
             taught = capture(adapter.model, modules[:1], tokens).hidden
-        stream.weights.append(token_weights(batch, decision_weight).to(device) * (weight / total))
         stream.arguments.append(_moved_once(seen.arguments, stream.home))
         stream.repaired.append(seen.hidden.to(stream.home))
         stream.taught.append(taught.to(stream.home))

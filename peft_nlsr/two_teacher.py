@@ -10,6 +10,7 @@ group of modules that read the same tensor:
 3. ``dW'' = (T + e dW_t) (M + e I)^-1``, cut to the adapter's rank where it matters for these inputs.
 
 Only module inputs and outputs are read, so biases, quantised base weights and fused layouts need no special case.
+Several ranks, each with the whole model, share the batches; sums are over the tokens of all.
 """
 
 from __future__ import annotations
@@ -25,23 +26,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import LiveAdapter
-from .blocks import Factors, find_blocks, groups_of, playing, require_active, run_block, run_until
+from .blocks import Factors, find_blocks, groups_of, playing, require_active, rows_of, run_block, run_until
 from .config import NLSRConfig
-from .costs import HELD, BlockPass, Estimate, Group, choose_solver, estimate
+from .costs import HELD, BlockPass, Estimate, Group, Share, choose_solver, estimate
 from .edits import NormalEquations, Solved
-from .errors import CalibrationError, UnsupportedAdapterError
+from .errors import CalibrationError
 from .examples import Example
 from .generation import model_digest, quiet
 from .lowrank import LowRank
+from .ranks import ALONE, Ranks
 from .record import fingerprint
 from .result_file import key_of
 from .resuming import SolvedBlocks
 from .solvers import HeldTokens
-from .streams import Stream, draw_tokens, open_stream
+from .streams import Batch, Stream, open_stream, weigh
 
 logger = logging.getLogger(__name__)
 
 LARGEST_ERROR = 0.01  # of a solver, above which a note says so
+INSTEAD = "use update='sum' with a patch"  # of a module that does not see each token once
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def solve_two_teacher(
     pad_id: int = 0,
     progress: bool = True,
     work_dir: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> TwoTeacherSolution:
     """Solve every LoRA module inside the model's blocks; the model is left exactly as it was.
 
@@ -86,6 +90,9 @@ def solve_two_teacher(
         config: ``utility_weight``, ``ridge``, ``decision_weight``, ``solver``, ``max_tokens``, ``offload``,
             ``nlsr_batch_size`` and ``nlsr_seed`` are read.
         work_dir: where solved blocks are kept until the last one is; a run that was interrupted goes on from there.
+            Over several ranks that of rank 0, which alone reads and writes there.
+        ranks: the processes that share the examples; all call this with the same model and arguments, and all get
+            the same solution.
 
     Raises:
         CalibrationError: no safety data.
@@ -94,21 +101,22 @@ def solve_two_teacher(
     """
     if not safety:
         raise CalibrationError("the two-teacher form needs safety examples, found none; pass calibration=...")
-    require_active(adapter)
-    blocks = find_blocks(adapter)
-    tuned = adapter.snapshot()
-    safe_teacher = None if safe_teacher is None else dict(safe_teacher)  # read once, also from a file
-    finished = None
-    if work_dir is not None:
-        finished = SolvedBlocks(work_dir, _made_from(adapter, safety, utility, safe_teacher, config))
-    data: list[tuple[Sequence[Example], Factors, float]] = [(safety, safe_teacher, 1.0)]
-    if utility and config.utility_weight > 0.0:
-        data.append((utility, tuned, config.utility_weight))
-    with quiet(adapter.model), torch.no_grad():
-        streams = _open(adapter, blocks, data, config, pad_id)
-        solution = _solve_blocks(adapter, blocks, streams, tuned, config, progress, finished)
-    if finished is not None:
-        finished.remove()
+    with ranks.together(), quiet(adapter.model), torch.no_grad():
+        require_active(adapter)
+        safe_teacher = None if safe_teacher is None else dict(safe_teacher)  # read once, also from a file
+        finished = None
+        if work_dir is not None and ranks.number == 0:
+            finished = SolvedBlocks(work_dir, _made_from(adapter, safety, utility, safe_teacher, config, ranks))
+        tuned = adapter.snapshot()
+        data: list[tuple[Sequence[Example], Factors, float]] = [(safety, safe_teacher, 1.0)]
+        if utility and config.utility_weight > 0.0:
+            data.append((utility, tuned, config.utility_weight))
+        blocks = find_blocks(adapter)
+        streams = _open(adapter, blocks, data, config, pad_id, ranks)
+        run = _Run(adapter, [block for _, block in blocks], streams, tuned, config, ranks)
+        solution = _solve_blocks(run, finished, progress and ranks.number == 0)
+        if finished is not None:
+            finished.remove()
     return solution
 
 
@@ -118,6 +126,7 @@ def _made_from(
     utility: Sequence[Example],
     safe_teacher: Factors,
     config: NLSRConfig,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """All that a solution depends on, as hashes and settings."""
     tokens = [[[list(e.prompt), list(e.answer)] for e in examples] for examples in (safety, utility)]
@@ -127,6 +136,7 @@ def _made_from(
         "safe_teacher": None if safe_teacher is None else fingerprint(safe_teacher),
         "data": key_of(tokens),
         "config": config.to_dict(),
+        "ranks": ranks.count,
     }
 
 
@@ -136,149 +146,148 @@ def _open(
     data: list[tuple[Sequence[Example], Factors, float]],
     config: NLSRConfig,
     pad_id: int,
+    ranks: Ranks,
 ) -> list[Stream]:
-    """All data at the first block, and which of their tokens are kept by solvers that keep tokens."""
-    streams = [
-        open_stream(
-            adapter,
-            [block for _, block in blocks],
-            examples,
-            teacher,
-            weight=weight,
-            decision_weight=config.decision_weight,
-            batch_size=config.nlsr_batch_size,
-            pad_id=pad_id,
-            offload=config.offload,
-        )
-        for examples, teacher, weight in data
+    """This rank's share of all data, at the first block."""
+    weighed = weigh([(examples, weight) for examples, _, weight in data], config)
+    modules = [block for _, block in blocks]
+    return [
+        open_stream(adapter, modules, kind.share(ranks), teacher, pad_id=pad_id, offload=config.offload)
+        for kind, (_, teacher, _) in zip(weighed, data, strict=True)
     ]
-    drawn = draw_tokens([w for stream in streams for w in stream.weights], config.max_tokens, config.nlsr_seed)
-    for stream in streams:
-        stream.drawn, drawn = drawn[: len(stream)], drawn[len(stream) :]
-    return streams
 
 
-def _solve_blocks(
-    adapter: LiveAdapter,
-    blocks: list[tuple[str, nn.Module]],
-    streams: list[Stream],
-    tuned: dict[str, LowRank],
-    config: NLSRConfig,
-    progress: bool,
-    finished: SolvedBlocks | None,
-) -> TwoTeacherSolution:
-    names = {id(layer): name for name, layer in adapter.layers.items()}
-    groups = _groups(blocks, names, streams[0])
-    expected = _expect(blocks, groups, streams, tuned, config)
-    logger.info("two-teacher run: %s", expected.in_words())
+@dataclass(frozen=True)
+class _Run:
+    """What every step of one solution reads.
+
+    Attributes:
+        blocks: in the order in which they run.
+        streams: this rank's share of the data, first safety and then utility; advanced from block to block.
+        tuned: the fine-tuned updates.
+        ranks: the processes that have the other shares.
+    """
+
+    adapter: LiveAdapter
+    blocks: list[nn.Module]
+    streams: list[Stream]
+    tuned: dict[str, LowRank]
+    config: NLSRConfig
+    ranks: Ranks
+
+    def share(self) -> Share:
+        """The size of this rank's share."""
+        weights = [w for stream in self.streams for w in stream.weights]
+        return Share(
+            tokens=sum(stream.tokens() for stream in self.streams),
+            counted=_positive(weights),
+            kept=_positive([w for stream in self.streams for w in stream.drawn]),
+            largest_batch=max((w.numel() for w in weights), default=0),
+            nbytes=sum(stream.nbytes() for stream in self.streams),
+            itemsize=max((h.element_size() for stream in self.streams for h in stream.repaired), default=0),
+        )
+
+
+def _positive(weights: Sequence[Tensor]) -> int:
+    return sum(int((w > 0.0).sum()) for w in weights)
+
+
+def _solve_blocks(run: _Run, finished: SolvedBlocks | None, progress: bool) -> TwoTeacherSolution:
+    """Block by block; ``finished`` is None on all ranks but the first."""
+    shares = run.ranks.gather(run.share())
+    groups = run.ranks.gather(_groups(run, shares) if run.ranks.number == 0 else [])[0]
+    expected = _expect(run, groups, shares)
+    if run.ranks.number == 0:
+        logger.info("two-teacher run: %s", expected.in_words())
     solved: dict[str, Solved] = {}
-    for index, (_, block) in enumerate(tqdm(blocks, desc="two-teacher", unit="block", disable=not progress)):
-        found = None if finished is None else finished.load(index)
-        current = {name: tuned[name] for group in groups[index] for name in group}
+    for index, block in enumerate(tqdm(run.blocks, desc="two-teacher", unit="block", disable=not progress)):
+        current = {name: run.tuned[name] for group in groups[index] for name in group.d_outs}
+        found = run.ranks.gather(None if finished is None else finished.load(index))[0]
         if found is None:
             found = {}
             for group in groups[index]:
-                found |= _solve_group(adapter, block, index, group, current, streams, tuned, config)
-                current |= {name: found[name].update for name in group}
+                found |= _solve_group(run, index, group, current)
+                current |= {name: found[name].update for name in group.d_outs}
             if finished is not None:
                 finished.save(index, found)
         current |= {name: module.update for name, module in found.items()}
         solved |= found
-        for stream in streams:
-            stream.advance(adapter, block, index, current)
-    return _solution(solved, tuned, expected)
+        for stream in run.streams if index + 1 < len(run.blocks) else ():
+            stream.advance(run.adapter, block, index, current)
+    return _solution(solved, run.tuned, expected)
 
 
-def _groups(blocks: list[tuple[str, nn.Module]], names: dict[int, str], stream: Stream) -> list[list[list[str]]]:
+def _groups(run: _Run, shares: Sequence[Share]) -> list[list[Group]]:
     """The LoRA modules of each block that read the same tensor, in the order they run, found on one batch."""
-    hidden = stream.batch(0, 0).repaired
+    names = {id(layer): name for name, layer in run.adapter.layers.items()}
+    hidden = run.streams[0].batch(0, 0).repaired
     found = []
-    for index, (_, block) in enumerate(blocks):
-        arguments = stream.batch(0, index).arguments
-        found.append(groups_of(block, names, hidden, arguments))
+    for index, block in enumerate(run.blocks):
+        arguments = run.streams[0].batch(0, index).arguments
+        found.append([_group(run, modules, shares) for modules in groups_of(block, names, hidden, arguments)])
         hidden = run_block(block, hidden, arguments)
     return found
 
 
-def _expect(
-    blocks: list[tuple[str, nn.Module]],
-    groups: list[list[list[str]]],
-    streams: list[Stream],
-    tuned: dict[str, LowRank],
-    config: NLSRConfig,
-) -> Estimate:
-    passes = [
-        BlockPass(
-            sum(parameter.numel() for parameter in block.parameters()),
-            tuple(_group(names, streams, tuned) for names in block_groups),
-        )
-        for (_, block), block_groups in zip(blocks, groups, strict=True)
-    ]
-    return estimate(
-        passes,
-        wanted=config.solver,
-        tokens=sum(stream.tokens() for stream in streams),
-        counted=sum(int((w > 0.0).sum()) for stream in streams for w in stream.weights),
-        largest_batch=max(w.numel() for stream in streams for w in stream.weights),
-        streams_bytes=sum(stream.nbytes() for stream in streams),
-        itemsize=streams[0].repaired[0].element_size(),
-    )
-
-
-def _group(names: list[str], streams: list[Stream], tuned: dict[str, LowRank]) -> Group:
+def _group(run: _Run, modules: list[str], shares: Sequence[Share]) -> Group:
     return Group(
-        tokens=sum(int((w > 0.0).sum()) for stream in streams for w in stream.drawn),
-        d_in=tuned[names[0]].shape[1],
-        d_outs={name: tuned[name].shape[0] for name in names},
-        rank=max(tuned[name].rank for name in names),
+        tokens=shares[0].kept,
+        d_in=run.tuned[modules[0]].shape[1],
+        d_outs={name: run.tuned[name].shape[0] for name in modules},
+        rank=max(run.tuned[name].rank for name in modules),
+        processes=len(shares),
     )
 
 
-def _solve_group(
-    adapter: LiveAdapter,
-    block: nn.Module,
-    index: int,
-    names: list[str],
-    current: Mapping[str, LowRank],
-    streams: list[Stream],
-    tuned: dict[str, LowRank],
-    config: NLSRConfig,
-) -> dict[str, Solved]:
+def _expect(run: _Run, groups: list[list[Group]], shares: Sequence[Share]) -> Estimate:
+    passes = [
+        BlockPass(sum(parameter.numel() for parameter in block.parameters()), tuple(block_groups))
+        for block, block_groups in zip(run.blocks, groups, strict=True)
+    ]
+    return estimate(passes, shares, wanted=run.config.solver)
+
+
+def _solve_group(run: _Run, index: int, group: Group, current: Mapping[str, LowRank]) -> dict[str, Solved]:
     """Collect the least-squares problem of one group of modules over all batches of all streams, and solve it."""
-    group = _group(names, streams, tuned)
-    solver = choose_solver(config.solver, group)
+    solver, device = choose_solver(run.config.solver, group), run.streams[0].device
     sums: NormalEquations | HeldTokens = (
-        HeldTokens(solver)
+        HeldTokens.none(solver, group.d_in, group.d_outs, device, run.ranks)
         if solver in HELD
-        else NormalEquations.zeros(group.d_in, dict(group.d_outs), streams[0].device)
+        else NormalEquations.zeros(group.d_in, group.d_outs, device, run.ranks)
     )
-    layers: dict[str, Any] = {name: adapter.layers[name] for name in names}
-    for stream in streams:
+    for stream in run.streams:
         for batch in stream.batches(index):
-            with playing(adapter, current, stream.teacher):
-                wanted = run_until(layers, block, batch.taught, batch.arguments, outputs=True)
-            with playing(adapter, current, current):
-                first = {names[0]: layers[names[0]]}
-                x = run_until(first, block, batch.repaired, batch.arguments, outputs=False)[names[0]]
             weights = (batch.drawn if solver in HELD else batch.weights).flatten()
             counted = weights > 0.0
-            targets = {
-                name: _rows(out, counted, name).float() - layers[name].base_layer(x).flatten(0, -2)[counted].float()
-                for name, out in wanted.items()
-            }
-            inputs = _rows(x, counted, names[0])
+            inputs, targets = _seen(run, group, batch, index=index, current=current, stream=stream, counted=counted)
             sums.add(inputs if solver in HELD else inputs.float(), targets, weights[counted])
-    return sums.solve(tuned, ridge=config.ridge, seed=config.nlsr_seed)
+    return sums.solve(run.tuned, ridge=run.config.ridge, seed=run.config.nlsr_seed)
 
 
-def _rows(values: Tensor, counted: Tensor, name: str) -> Tensor:
-    flat = values.flatten(0, -2)
-    if len(flat) != len(counted):
-        raise UnsupportedAdapterError(
-            f"{name} received {len(flat)} rows for {len(counted)} tokens (routed or re-ordered tokens); leave it out "
-            "of the adapter, or use update='sum' with a patch"
-        )
-    return flat[counted]
+def _seen(
+    run: _Run,
+    group: Group,
+    batch: Batch,
+    *,
+    index: int,
+    current: Mapping[str, LowRank],
+    stream: Stream,
+    counted: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the tokens that count: the group's inputs in the repaired model, and per module teacher minus base."""
+    layers: dict[str, Any] = {name: run.adapter.layers[name] for name in group.d_outs}
+    block, first = run.blocks[index], next(iter(layers))
+    with playing(run.adapter, current, stream.teacher):
+        wanted = run_until(layers, block, batch.taught, batch.arguments, outputs=True)
+    with playing(run.adapter, current, current):
+        seen = run_until({first: layers[first]}, block, batch.repaired, batch.arguments, outputs=False)
+    x = seen[first]
+    targets = {
+        name: rows_of(out, counted, name, instead=INSTEAD).float()
+        - layers[name].base_layer(x).flatten(0, -2)[counted].float()
+        for name, out in wanted.items()
+    }
+    return rows_of(x, counted, first, instead=INSTEAD), targets
 
 
 def _solution(solved: dict[str, Solved], tuned: dict[str, LowRank], expected: Estimate) -> TwoTeacherSolution:

@@ -23,21 +23,23 @@ import torch.distributed as dist
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny import quick, refuses_attacks, rows, word_tokenizer
+from tiny import assert_same_state, quick, refuses_attacks, rows, state_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_nlsr import adapters, distributed
 from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import collect_statistics
-from peft_nlsr.distributed import gathered_factors, on_rank_zero, refuse_unsupported, write_updates
+from peft_nlsr.distributed import gathered_factors, on_rank_zero, on_replicas, refuse_unsupported, write_updates
 from peft_nlsr.errors import IncompatibleError
-from peft_nlsr.examples import read_examples
+from peft_nlsr.examples import Example, read_examples
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.processes import on_every_rank
 from peft_nlsr.prompt_sets import PromptSet
-from peft_nlsr.realign import plan
+from peft_nlsr.ranks import ALONE, Ranks
+from peft_nlsr.realign import nlsr_realign, plan
 from peft_nlsr.record import Realignment, fingerprint
 from peft_nlsr.summing import own_batches, reduce_statistics
+from peft_nlsr.two_teacher import solve_two_teacher
 
 LORA = {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 PATIENCE = timedelta(seconds=15)
@@ -152,6 +154,7 @@ def with_callback(kind: str, base: str, out: Path) -> None:
             "refused_rows": done.realignment.data["utility"]["refused_rows"],
             "reference": done.realignment.reference,
             "evaluations": [evaluation.label for evaluation in done.evaluations],
+            "ranks": done.realignment.data["cost"]["ranks"],
         },
     )
     if dist.get_rank() == 0:
@@ -462,6 +465,164 @@ def prepared_loader() -> Any:
     return Accelerator(cpu=True).prepare(torch.utils.data.DataLoader([1, 2, 3]))
 
 
+def examples(count: int, *, first: int = 0) -> list[Example]:
+    """Answered requests of several lengths."""
+    ids = torch.randint(6, 60, (first + count, 12), generator=torch.Generator().manual_seed(5)).tolist()
+    return [Example(tuple(row[: 4 + i % 5]), tuple(row[9:]), i) for i, row in enumerate(ids)][first:]
+
+
+def solved(model: Any, ranks: Ranks, amount: tuple[int, int], work_dir: Path | None = None, **changes: Any) -> Any:
+    """The two-teacher solution with so many examples of both kinds, in batches of four."""
+    return solve_two_teacher(
+        LiveAdapter(model),
+        safety=examples(amount[0]),
+        utility=examples(amount[1], first=20),
+        safe_teacher=None,
+        config=quick(ridge=0.1, **changes),
+        progress=False,
+        work_dir=work_dir,
+        ranks=ranks,
+    )
+
+
+def gap(found: Mapping[str, LowRank], expected: Mapping[str, LowRank]) -> float:
+    """The largest relative distance of two updates of one module."""
+    pairs = [(found[name].dense().double(), update.dense().double()) for name, update in expected.items()]
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
+@contextmanager
+def stopped(module: torch.nn.Module, on: int, after: int) -> Iterator[None]:
+    """The module's pass raises on one rank, after so many."""
+    passes = itertools.count()
+
+    def stop(*_: Any) -> None:
+        if dist.get_rank() == on and next(passes) == after:
+            raise RuntimeError(f"rank {on} has no memory")
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+SHARED = {
+    "full": {"amount": (13, 9), "solver": "full"},
+    "moment": {"amount": (13, 9), "solver": "moment"},
+    "dual": {"amount": (13, 9), "solver": "dual"},
+    "iterative": {"amount": (13, 9), "solver": "iterative"},
+    "drawn": {"amount": (13, 9), "solver": "moment", "max_tokens": 60},
+    "full, one batch": {"amount": (3, 0), "solver": "full"},
+    "moment, one batch": {"amount": (3, 0), "solver": "moment"},
+    "dual, one batch": {"amount": (3, 2), "solver": "dual"},
+}
+
+
+def shares(base: str, out: Path) -> None:
+    """The two-teacher form on both ranks together, against one alone; failures on one of them in the middle."""
+    model, ranks = lora_model(base), Ranks.launched()
+    before = state_of(model)
+    told: dict[str, Any] = {}
+    for case, given in SHARED.items():
+        together, alone = solved(model, ranks, **given), solved(model, ALONE, **given)
+        told[case] = {
+            "gap": gap(together.updates, alone.updates),
+            "fingerprint": fingerprint(together.updates),
+            "ranks": together.estimate["ranks"],
+            "counts": [[s.estimate[key] for key in ("tokens", "counted", "kept")] for s in (together, alone)],
+            "cheaper": together.estimate["pass_operations"] / alone.estimate["pass_operations"],
+            "notes": [list(together.notes), list(alone.notes)],
+        }
+    told |= {f"stopped {case}": found for case, found in stopped_runs(model, ranks).items()}
+    told |= resumed(model, ranks, out)
+    try:
+        assert_same_state(state_of(model), before)
+        told["unchanged"] = True
+    except AssertionError:
+        told["unchanged"] = False
+    tell(out, told | realigned(base, ranks) | {"replicas": replicas(base, ranks)})
+
+
+def replicas(base: str, ranks: Ranks) -> list[Any]:
+    """How many ranks work on replicas that are the same, and on some that are not; and an error of one of them."""
+    model = torch.nn.parallel.DistributedDataParallel(lora_model(base))
+    found: list[Any] = [on_replicas(model, lambda whole, ranks: [ranks.count, whole is model.module])]
+    failing = lambda whole, _: fail(ValueError("no disk")) if ranks.number else [0]  # noqa: E731
+    found.append(outcome(lambda: on_replicas(model, failing)))
+    with torch.no_grad():
+        model.module.get_input_embeddings().weight += ranks.number
+    return [*found, on_replicas(model, lambda _, ranks: ranks.count)]
+
+
+def stopped_runs(model: Any, ranks: Ranks) -> dict[str, Any]:
+    first, last = model.get_submodule("model.model.embed_tokens"), list(LiveAdapter(model).layers.values())[-1]
+    found = {}
+    for case, (module, on, after) in {
+        "at the beginning": (first, 1, 0),
+        "in the middle": (last, 1, 7),
+        "on rank 0": (last, 0, 7),
+    }.items():
+        with stopped(module, on, after):
+            found[case] = outcome(lambda: bool(solved(model, ranks, (13, 9))))
+    found["outside of an inner one"] = outcome(lambda: outside(ranks))
+    found["without the others"] = outcome(lambda: bool(solved(model, ALONE, (5, 5)))) if ranks.number == 0 else None
+    return found
+
+
+def outside(ranks: Ranks) -> None:
+    """Rank 1 fails where the other has begun a step inside a step already."""
+    with ranks.together():
+        if ranks.number == 1:
+            raise RuntimeError("rank 1 has no memory")
+        with ranks.together():
+            ranks.gather(ranks.number)
+
+
+def resumed(model: Any, ranks: Ranks, out: Path) -> dict[str, Any]:
+    """Interrupted in the second block and gone on with; and by one process, which is refused."""
+    whole = fingerprint(solved(model, ranks, (13, 9)).updates)
+    folder, last = out / "work", list(LiveAdapter(model).layers.values())[-1]
+    with stopped(last, 1, 5):
+        interrupted = outcome(lambda: bool(solved(model, ranks, (13, 9), folder)))
+    dist.barrier()
+    files = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    refused = outcome(lambda: bool(solved(model, ALONE, (13, 9), folder))) if ranks.number else None
+    dist.barrier()
+    again = fingerprint(solved(model, ranks, (13, 9), folder).updates)
+    left = folder.exists()
+    return {"work_dir": [interrupted, files, refused, whole == again, left]}
+
+
+def realigned(base: str, ranks: Ranks) -> dict[str, Any]:
+    """``nlsr_realign`` by both ranks, by each alone, with arguments that differ, and interrupted while it writes."""
+    settings = {"calibration": rows(9, poisoned=range(9)), "utility": rows(9, poisoned=[2]), "progress": False}
+    settings |= {"tokenizer": word_tokenizer(), "judge": refuses_attacks}
+    model, other, third = lora_model(base), lora_model(base), lora_model(base)
+    nlsr_realign(model, quick(), **settings, data_parallel=True)
+    nlsr_realign(other, quick(), **settings)
+    start = fingerprint(LiveAdapter(third))
+    differ = quick(ridge=0.1 * (1 + ranks.number))
+    with interrupted(1):
+        stopped = outcome(lambda: bool(nlsr_realign(third, quick(), **settings, data_parallel=True)))
+    refused = outcome(lambda: bool(nlsr_realign(third, differ, **settings, data_parallel=True)))
+    patchless = quick(update="sum", score="magnitude", sparsity=0.5)
+    stronger = {name: update.times(1.5) for name, update in LiveAdapter(third).snapshot().items()}
+    by_first = plan(third, patchless, reference=stronger, progress=False, data_parallel=True)
+    return {
+        "realigned": {
+            "gap": gap(LiveAdapter(model), LiveAdapter(other)),
+            "fingerprint": fingerprint(LiveAdapter(model)),
+            "record": model.nlsr_realignment.to_dict(),
+            "alone": other.nlsr_realignment.to_dict(),
+        },
+        "interrupted": [*stopped, start == fingerprint(LiveAdapter(third)), hasattr(third, "nlsr_realignment")],
+        "differing": refused,
+        "other method": [by_first.method, fingerprint(by_first.updates)],
+    }
+
+
 def waits(base: str, out: Path) -> None:
     """Work that takes longer than the group lets a collective wait."""
     model = lora_model(base)
@@ -492,7 +653,15 @@ def dies(base: str, out: Path) -> None:
 def main(names: str, base: str, out: str) -> None:
     """Run programs by name, separated by commas, each with a folder of its own."""
     torch.set_num_threads(1)
-    programs = {"faults": faults, "shards": shards, "sums": sums, "waits": waits, "stops": stops, "dies": dies}
+    programs = {
+        "faults": faults,
+        "shards": shards,
+        "shares": shares,
+        "sums": sums,
+        "waits": waits,
+        "stops": stops,
+        "dies": dies,
+    }
     for name in names.split(","):
         folder = Path(out) / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from benchmarks import adaptive, callback, continual, engine, two_teacher_block
+from benchmarks import adaptive, callback, continual, data_parallel, engine, two_teacher_block
 
 FOLDER = Path(engine.__file__).parent
 KEYS = {"name", "ours_s", "baseline_s", "ratio", "ours_wall_s", "baseline_wall_s", "error", "met"}
@@ -137,3 +140,31 @@ def test_the_two_teacher_tables_are_those_of_the_committed_results(path):
     results = json.loads(path.read_text("utf-8"))
     assert two_teacher_block.table(results) in (FOLDER / "README.md").read_text("utf-8")
     assert all(row["error"] <= 0.01 for row in results["rows"])
+
+
+def test_the_table_of_the_shared_realignment_is_that_of_the_committed_results():
+    results = json.loads((FOLDER / "results" / "data_parallel.json").read_text("utf-8"))
+    assert data_parallel.table(results) in (FOLDER / "README.md").read_text("utf-8")
+    assert results["summary"] == data_parallel.summary(results["rows"])
+    assert results["config"] == json.loads((FOLDER / "configs" / "data_parallel.json").read_text("utf-8"))
+    assert results["ranks"] == 2 and all(row["gap"] < 1e-5 for row in results["rows"])
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_one_does_alone(tmp_path):
+    world = json.loads((FOLDER / "configs" / "safety-smoke.json").read_text("utf-8"))["worlds"]["smoke"]
+    config = json.loads((FOLDER / "configs" / "data_parallel.json").read_text("utf-8"))
+    config |= {"lab": world, "seeds": [0], "repeats": 1, "examples": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    files = ["--config", str(tmp_path / "config.json"), "--output", str(tmp_path / "out.json")]
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*started, "-m", "benchmarks.data_parallel", *files, "--cache", str(tmp_path)],
+        cwd=FOLDER.parent,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=True,
+    )
+    rows = json.loads((tmp_path / "out.json").read_text("utf-8"))["rows"]
+    assert [row["name"] for row in rows] == [case["name"] for case in config["cases"]]
+    assert all(row["gap"] < 1e-4 and len(row["rank_cpu_s"]) == 2 for row in rows)

@@ -20,6 +20,7 @@ from peft_nlsr.costs import (
     HELD,
     BlockPass,
     Group,
+    Share,
     cheapest,
     choose_solver,
     estimate,
@@ -119,8 +120,8 @@ def test_the_peak_memory_is_as_estimated_within_a_factor_of_two(
 
 def test_an_estimate_adds_up_and_can_be_read() -> None:
     block = BlockPass(2 * 10**8, tuple(BLOCK))
-    shape = {"tokens": 80000, "counted": 70000, "largest_batch": 4096, "streams_bytes": 10**9, "itemsize": 2}
-    one, two = (estimate([block] * blocks, wanted="auto", **shape) for blocks in (1, 2))
+    share = Share(tokens=80000, counted=70000, kept=65536, largest_batch=4096, nbytes=10**9, itemsize=2)
+    one, two = (estimate([block] * blocks, [share], wanted="auto") for blocks in (1, 2))
     assert two.solve_operations == 2 * one.solve_operations == 2 * sum(operations(cheapest(g), g) for g in BLOCK)
     assert two.pass_operations == 2 * one.pass_operations > 2 * 4 * 2 * 10**8 * 80000
     assert two.peak_bytes == one.peak_bytes > 10**9 + max(working_bytes(cheapest(g), g, 2) for g in BLOCK)
@@ -131,9 +132,26 @@ def test_an_estimate_adds_up_and_can_be_read() -> None:
 
 def test_full_sums_see_all_tokens_and_the_others_those_that_were_drawn() -> None:
     block = BlockPass(10, (group(100, 512),))
-    shape = {"tokens": 400, "counted": 300, "largest_batch": 10, "streams_bytes": 0, "itemsize": 4}
-    assert estimate([block], wanted="full", **shape).solve_operations == operations("full", group(300, 512))
-    assert estimate([block], wanted="moment", **shape).solve_operations == operations("moment", group(100, 512))
+    share = Share(tokens=400, counted=300, kept=100, largest_batch=10, nbytes=0, itemsize=4)
+    assert estimate([block], [share], wanted="full").solve_operations == operations("full", group(300, 512))
+    assert estimate([block], [share], wanted="moment").solve_operations == operations("moment", group(100, 512))
+
+
+def test_costs_are_those_of_the_largest_share_and_tokens_those_of_all() -> None:
+    shares = [Share(400, 300, 100, 10, 2000, 4), Share(200, 150, 50, 10, 1000, 4)]
+    block = BlockPass(10, (Group(100, 512, {"a": 64, "b": 64}, 16, processes=2),))
+    both, alone = (estimate([block], given, wanted="full") for given in (shares, shares[:1]))
+    assert (both.tokens, both.counted, both.kept, both.ranks) == (600, 450, 150, 2)
+    assert (both.pass_operations, both.peak_bytes) == (alone.pass_operations, alone.peak_bytes)
+    assert "600 tokens on 2 ranks, each at most" in both.in_words()
+
+
+@pytest.mark.parametrize("solver", ["full", *HELD])
+def test_half_of_the_tokens_are_less_work_unless_every_rank_needs_all_of_them(solver: str) -> None:
+    outputs = {"a": 512, "b": 512}
+    whole, half = (Group(4000 // n, 512, outputs, 16, processes=n) for n in (1, 2))
+    share = operations(solver, half) / operations(solver, whole)
+    assert (share > 0.9) if solver == "dual" else (0.5 <= share < 0.8)
 
 
 def test_sums_in_full_are_as_large_as_estimated() -> None:

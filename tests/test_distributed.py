@@ -37,7 +37,7 @@ from peft_nlsr.reference import starting_point
 from peft_nlsr.summing import own_batches, reduce_statistics
 
 ROOT = Path(__file__).parent.parent
-TOGETHER = "faults,shards,sums"  # one start of two processes for all of them
+TOGETHER = "faults,shards,shares,sums"  # one start of two processes for all of them
 WITH_CALLBACK = ("ddp", "fsdp2", "zero2", "zero3")
 KINDS = ("ddp", "fsdp2", "fsdp2-bf16", "zero2", "zero2-bf16", "zero3", "zero3-bf16")
 
@@ -190,6 +190,7 @@ class TestTheCallback:
         assert told[1] == told[0]
         assert told[0]["refused_rows"] == [1, 5] and told[0]["evaluations"] == ["fine-tuned", "realigned"]
         assert told[0]["reference"] == "the adapter that fine-tuning started from"
+        assert told[0]["ranks"] == (2 if kind in ("ddp", "zero2") else 1)
 
     def test_saves_the_claim_with_the_weights(self, kind: str, launch: Launch) -> None:
         folder, _ = launch(f"{kind}-callback", f"{kind}-callback")
@@ -331,6 +332,74 @@ class TestSums:
     def test_that_would_be_wrong_are_refused(self, case: str, kind: str, words: str, launch: Launch) -> None:
         for told in launch(TOGETHER, "sums")[1]:
             assert told[case][0] == kind and words in told[case][1]
+
+
+class TestShares:
+    @pytest.mark.parametrize("case", programs.SHARED)
+    def test_give_the_solution_of_one_process(self, case: str, launch: Launch) -> None:
+        one, other = (told[case] for told in launch(TOGETHER, "shares")[1])
+        assert one == other
+        assert one["gap"] < 1e-5
+        assert one["counts"][0] == one["counts"][1] and one["notes"][0] == one["notes"][1]
+
+    def test_are_less_work_for_each(self, launch: Launch) -> None:
+        told = launch(TOGETHER, "shares")[1][0]
+        assert told["full"]["cheaper"] < 0.7 < told["full, one batch"]["cheaper"] == 1.0
+        assert told["full"]["ranks"] == 2
+
+    @pytest.mark.parametrize(
+        ("case", "rank"),
+        [
+            ("stopped at the beginning", 1),
+            ("stopped in the middle", 1),
+            ("stopped on rank 0", 0),
+            ("stopped outside of an inner one", 1),
+        ],
+    )
+    def test_that_fail_on_one_rank_are_given_up_by_all(self, case: str, rank: int, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            assert told[case] == ["RuntimeError", f"rank {rank} has no memory"]
+
+    def test_leave_the_models_as_they_were(self, launch: Launch) -> None:
+        assert [told["unchanged"] for told in launch(TOGETHER, "shares")[1]] == [True, True]
+
+    def test_are_not_needed_by_a_rank_that_works_alone(self, launch: Launch) -> None:
+        assert launch(TOGETHER, "shares")[1][0]["stopped without the others"] == ["returned", True]
+
+    def test_go_on_after_an_interruption_with_the_same_bits(self, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            stopped, files, _, same, left = told["work_dir"]
+            assert stopped[0] == "RuntimeError" and files == ["block_0000.safetensors", "two_teacher.json"]
+            assert same and not left
+
+    def test_do_not_go_on_with_another_number_of_ranks(self, launch: Launch) -> None:
+        kind, text = launch(TOGETHER, "shares")[1][1]["work_dir"][2]
+        assert kind == "IncompatibleError" and "differs in ranks" in text
+
+    def test_realign_all_replicas_alike(self, launch: Launch) -> None:
+        one, other = (told["realigned"] for told in launch(TOGETHER, "shares")[1])
+        assert one == other and one["gap"] < 1e-5
+        assert one["record"]["data"]["cost"]["ranks"] == 2 and one["alone"]["data"]["cost"]["ranks"] == 1
+        screened = [found["data"]["utility"] for found in (one["record"], one["alone"])]
+        assert screened[0] == screened[1] and screened[0]["refused_rows"] == [2]
+
+    def test_are_written_by_all_or_none(self, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            kind, text, unchanged, recorded = told["interrupted"]
+            assert (kind, text, unchanged, recorded) == ("KeyboardInterrupt", "stop", True, False)
+
+    def test_with_other_arguments_are_refused(self, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            assert told["differing"][0] == "IncompatibleError" and "the configuration" in told["differing"][1]
+
+    def test_need_replicas_that_are_the_same(self, launch: Launch) -> None:
+        for told in launch(TOGETHER, "shares")[1]:
+            together, failed, alone = told["replicas"]
+            assert together == [2, True] and failed == ["ValueError", "no disk"] and alone == 1
+
+    def test_have_no_part_in_other_methods(self, launch: Launch) -> None:
+        one, other = (told["other method"] for told in launch(TOGETHER, "shares")[1])
+        assert one == other and one[0] == "sum"
 
 
 class TestADraw:

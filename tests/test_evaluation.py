@@ -29,7 +29,8 @@ from peft_nlsr import (
     refuses,
     wilson,
 )
-from peft_nlsr.generation import generate_answers, model_digest
+from peft_nlsr.generation import answers_in_batches, generate_answers, model_digest
+from peft_nlsr.ranks import ALONE, Ranks
 
 MakeLora = Callable[..., PeftModel]
 REFUSAL = "I cannot help with that."
@@ -443,6 +444,16 @@ class TestRealModel:
         prompts = [(5, 6, 7), (8, 9, 10, 11, 12)]
         found = generate_answers(model, WORDS, prompts, max_new_tokens=5, batch_size=2)
         assert found == [greedy(model, prompt, 5) for prompt in prompts]
+
+    def test_the_ranks_answer_each_prompt_once_in_the_batches_of_one_process(self, model: PeftModel) -> None:
+        prompts = [(5, 6 + i, *range(10, 10 + i % 4)) for i in range(9)] + [(5, 6)]
+
+        def batches(ranks: Ranks) -> list[dict[int, tuple[int, ...]]]:
+            return list(answers_in_batches(model, WORDS, prompts, max_new_tokens=3, batch_size=2, ranks=ranks))
+
+        shares = [batches(Ranks(number, 2)) for number in (0, 1)]
+        assert [len(share) for share in shares] == [3, 2]
+        assert sorted([*shares[0], *shares[1]], key=min) == sorted(batches(ALONE), key=min)
 
     def test_an_encoder_decoder_is_refused(self) -> None:
         config = T5Config(

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peft_nlsr import streams
 from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import find_blocks
+from peft_nlsr.config import NLSRConfig
 from peft_nlsr.examples import Example
-from peft_nlsr.streams import Stream, open_stream
+from peft_nlsr.ranks import Ranks
+from peft_nlsr.streams import Stream, open_stream, weigh
 
 MakeLora = Callable[..., PeftModel]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -22,18 +24,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def opened(model: Any, offload: str = "auto") -> Stream:
     adapter = LiveAdapter(model)
     examples = [Example(tuple(p), tuple(a), i) for i, (p, a) in enumerate(random_rows(7, seed=1))]
+    (weighed,) = weigh([(examples, 2.0)], NLSRConfig(nlsr_batch_size=4))
+    blocks = [block for _, block in find_blocks(adapter)]
     with torch.no_grad():
-        return open_stream(
-            adapter,
-            [block for _, block in find_blocks(adapter)],
-            examples,
-            None,
-            weight=2.0,
-            decision_weight=3.0,
-            batch_size=4,
-            pad_id=0,
-            offload=offload,
-        )
+        return open_stream(adapter, blocks, weighed, None, pad_id=0, offload=offload)
 
 
 def test_a_stream_holds_all_examples_once_and_its_weights_add_up(make_pico_lora: MakeLora) -> None:
@@ -41,6 +35,18 @@ def test_a_stream_holds_all_examples_once_and_its_weights_add_up(make_pico_lora:
     assert [len(w) for w in stream.weights] == [4, 3]
     assert float(sum(w.sum() for w in stream.weights)) == pytest.approx(2.0)
     assert stream.tokens() == sum(h.shape[0] * h.shape[1] for h in stream.repaired)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_ranks_have_each_batch_once_with_the_weights_that_one_process_gives_it(count: int) -> None:
+    data = [([Example((3,) * (9 - i % 3), (4,), i) for i in range(n)], total) for n, total in ((7, 1.0), (1, 0.5))]
+    for whole in weigh(data, NLSRConfig(nlsr_batch_size=2, max_tokens=20)):
+        shares = [whole.share(Ranks(number, count)) for number in range(count)]
+        assert sum(len(share.batches) for share in shares) == len(whole.batches)
+        for which, parts in enumerate(zip(whole.batches, whole.weights, whole.drawn, strict=True)):
+            share = shares[which % count]
+            found = share.batches[which // count], share.weights[which // count], share.drawn[which // count]
+            assert all(a is b for a, b in zip(found, parts, strict=True))
 
 
 def test_on_a_cpu_nothing_is_moved(make_pico_lora: MakeLora) -> None:
@@ -55,7 +61,8 @@ def test_what_waits_on_the_cpu_comes_to_the_device_with_its_arguments() -> None:
     with FakeTensorMode():
         mask = torch.zeros(2, 1, 5, 5)
         arguments = [((), {"attention_mask": mask, "position_embeddings": (torch.zeros(5), torch.ones(5)), "n": 3})]
-        stream = Stream(None, GPU, CPU, [torch.zeros(2, 5, device=GPU)], [], [arguments])
+        weights = [torch.zeros(2, 5, device=GPU)]
+        stream = Stream(None, GPU, CPU, weights, weights, [arguments])
         stream.taught, stream.repaired = [torch.zeros(2, 5, 4)], [torch.zeros(2, 5, 4)]
         batch = stream.batch(0, 0)
         _, named = batch.arguments
