@@ -53,7 +53,8 @@ def test_narrow_inputs_are_solved_in_full_and_what_is_asked_for_is_done() -> Non
 
 def test_each_solver_is_the_cheapest_somewhere() -> None:
     assert cheapest(group(500, 14336, 4096)) == "dual"
-    assert cheapest(group(65536, 14336, 4096)) == "iterative"
+    assert cheapest(group(65536, 28672, 8192)) == "iterative"
+    assert cheapest(group(65536, 14336, 4096)) == "moment"
     assert cheapest(group(65536, 4096, 4096, rank=128)) == "moment"
 
 
@@ -125,8 +126,8 @@ def test_an_estimate_adds_up_and_can_be_read() -> None:
     assert two.solve_operations == 2 * one.solve_operations == 2 * sum(operations(cheapest(g), g) for g in BLOCK)
     assert two.pass_operations == 2 * one.pass_operations > 2 * 4 * 2 * 10**8 * 80000
     assert two.peak_bytes == one.peak_bytes > 10**9 + max(working_bytes(cheapest(g), g, 2) for g in BLOCK)
-    assert one.solvers == {4096: (cheapest(BLOCK[0]),), 14336: ("iterative",)}
-    assert "iterative for 14336 inputs" in one.in_words() and "1 GB of it between blocks" in one.in_words()
+    assert one.solvers == {4096: (cheapest(BLOCK[0]),), 14336: ("moment",)}
+    assert "moment for 14336 inputs" in one.in_words() and "1 GB of it between blocks" in one.in_words()
     assert json.loads(json.dumps(one.to_dict()))["kept"] == 65536
 
 
