@@ -26,6 +26,7 @@ from .files import read_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
+from .offloading import input_device
 from .reference import Reference
 from .scores import ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
 from .storage import TensorFile, write_tensors
@@ -346,7 +347,7 @@ def _record(adapter: LiveAdapter, tokens: str, used_by: str, gradients: str | No
 def _one_batch(
     adapter: LiveAdapter, running: _Pass, batch: Mapping[str, Any], encoder: nn.Module | None, gradients: str | None
 ) -> int:
-    device = next(adapter.model.parameters()).device
+    device = input_device(adapter.model)
     if gradients == "preference_snip" and not {"chosen", "rejected"} <= set(batch):
         raise CalibrationError(
             "gradients='preference_snip' needs batches {'chosen': batch, 'rejected': batch}, found the keys "
@@ -396,7 +397,7 @@ def collect_sequential(
     blocks = find_blocks(adapter)
     modules = [block for _, block in blocks]
     with quiet(adapter.model), torch.no_grad(), playing(adapter, used, used):
-        plain = [_on(batch, next(adapter.model.parameters()).device) for batch in batches]
+        plain = [_on(batch, input_device(adapter.model)) for batch in batches]
         if not plain:
             raise CalibrationError("the calibration data are empty: no batch was given")
         prove_chain(adapter.model, modules, plain[0])

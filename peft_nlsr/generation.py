@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .errors import PeftNLSRError
+from .offloading import at_hand, input_device
 
 
 def find_tokenizer(model: Any) -> Any:
@@ -103,7 +104,7 @@ def answers_in_batches(
 
 def _answer(model: Any, batch: Sequence[tuple[int, ...]], settings: GenerationConfig) -> list[tuple[int, ...]]:
     """The answers to one batch, padded on the left."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     longest = max(map(len, batch))
     ids = torch.full((len(batch), longest), settings.pad_token_id)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -132,15 +133,16 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 def quiet(model: Any) -> Iterator[None]:
     """Eval mode, and afterwards the modes and gradient flags as they were."""
     modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # By name, because accelerate makes new parameters in each pass of a module that it offloads.
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         model.eval()
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags[name])
 
 
 @contextmanager
@@ -165,16 +167,26 @@ def _until_end(row: list[int], ends: Any) -> tuple[int, ...]:
 def model_digest(model: Any) -> str:
     """A SHA-256 that tells models apart by what they compute: samples of every tensor, and which adapters are active.
 
-    At most 4,096 values of a tensor are read, so that it takes seconds; tensors that are not in memory count by name
-    and shape.
+    At most 8,191 values of a tensor are hashed, so that it takes seconds, or as long as one forward pass where tensors
+    are offloaded. Where they are has no influence; tensors without values anywhere count by name and shape.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.numel():
-            values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
-            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            digest.update(_sampled_bytes(model, name, tensor))
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
             digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
     return digest.hexdigest()
+
+
+def _sampled_bytes(model: Any, name: str, tensor: torch.Tensor) -> bytes:
+    """Evenly spaced values of a tensor of the model's state, read through accelerate's hook where it is offloaded."""
+    path, _, own_name = name.rpartition(".")
+    with at_hand(model.get_submodule(path)) if tensor.is_meta else nullcontext():
+        held = getattr(model.get_submodule(path), own_name) if tensor.is_meta else tensor
+        if held.is_meta:
+            return b""
+        values = held.detach().reshape(-1)[:: max(1, held.numel() // 4096)]
+        return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()

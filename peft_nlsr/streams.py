@@ -17,6 +17,7 @@ from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, capture, playing, prove_chain, run_block
 from .examples import Example, batches_of, collate, token_weights
 from .lowrank import LowRank
+from .offloading import input_device
 
 DEVICE_SHARE = 0.5  # of the free memory of an accelerator, that hidden states may take before they go to the CPU
 
@@ -113,7 +114,7 @@ def open_stream(
         weight: what all token weights add up to.
         offload: ``always``, ``never`` or ``auto``, see ``NLSRConfig.offload``.
     """
-    device = next(adapter.model.parameters()).device
+    device = input_device(adapter.model)
     batches = batches_of(examples, batch_size)
     total = sum(float(token_weights([e], decision_weight).sum()) for e in examples)
     stream = Stream(teacher, device, device)
