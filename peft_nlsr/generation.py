@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .errors import PeftNLSRError
+from .examples import cut_by_length
 from .offloading import at_hand, input_device
 
 
@@ -74,8 +75,9 @@ def answers_in_batches(
     """The greedy answers of one batch after the other, by position in ``prompts``.
 
     Prompts of similar length share a batch, the longest come first (so that a lack of memory shows at once and the
-    time left is never underestimated), and equal prompts are asked once. The model's own generation settings, a
-    repetition penalty for example, have no part in it.
+    time left is never underestimated), and equal prompts are asked once. A batch holds ``batch_size`` prompts, or more
+    where prompt and answer together are short (:func:`peft_nlsr.examples.cut_by_length`). The model's own generation
+    settings, a repetition penalty for example, have no part in it.
 
     Args:
         model: a causal language model in eval mode.
@@ -95,7 +97,7 @@ def answers_in_batches(
         positions.setdefault(tuple(prompt), []).append(i)
     order = sorted(positions, key=len, reverse=True)
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="answer") as bar:
-        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        for batch in cut_by_length(order, [len(prompt) + max_new_tokens for prompt in order], batch_size):
             answers = _answer(model, batch, settings)
             found = {i: answer for prompt, answer in zip(batch, answers, strict=True) for i in positions[prompt]}
             bar.update(len(found))
