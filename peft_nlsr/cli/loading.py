@@ -115,6 +115,11 @@ def _load_base(options: ModelOptions, config: Any) -> Any:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise PeftNLSRError(f"the base model {options.base!r} cannot be loaded: {_first_line(error)}") from error
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise PeftNLSRError(
+            f"the base model {options.base!r} does not fit into the memory of GPUs and CPU together; try --dtype "
+            "bfloat16, or give a 4-bit checkpoint of it"
+        )
     return model if placed else _moved(model, options.one_device())
 
 
