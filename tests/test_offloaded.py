@@ -235,6 +235,15 @@ def test_inputs_go_where_the_first_parameters_compute(pico_llama: LlamaForCausal
     assert input_device(cpu_offload(pico_llama, execution_device=CPU)) == CPU
 
 
+def test_gradient_flags_come_back_although_each_pass_makes_new_parameters(make_pico_lora: MakeLora) -> None:
+    model = cpu_offload(make_pico_lora(), execution_device=CPU)
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config, needed = METHODS["sum-snip"]
+    plan(model, config, **given_to(model, needed))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_what_is_in_memory_is_not_touched(pico_llama: LlamaForCausalLM) -> None:
     weight = pico_llama.lm_head.weight
     bring_in(pico_llama.lm_head)
