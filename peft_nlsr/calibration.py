@@ -26,7 +26,7 @@ from .files import read_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
-from .offloading import input_device
+from .offloading import held, input_device
 from .reference import Reference
 from .scores import ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
 from .storage import TensorFile, write_tensors
@@ -407,13 +407,14 @@ def collect_sequential(
             tqdm(modules, desc="sequential calibration", unit="block", disable=not progress)
         ):
             inside = {names[id(m)]: m for m in block.modules() if id(m) in names}
-            with running.hooks(inside, None):
-                for state, inputs, batch in zip(hidden, seen, plain, strict=True):
-                    running.mask.set(batch, False)
-                    run_block(block, state, inputs.arguments[index])
-            reduced = {name: _reduced(used[name], running.sums[name].finish(name), config) for name in inside}
-            with playing(adapter, reduced, reduced):
-                hidden = [run_block(block, h, i.arguments[index]) for h, i in zip(hidden, seen, strict=True)]
+            with held(block):
+                with running.hooks(inside, None):
+                    for state, inputs, batch in zip(hidden, seen, plain, strict=True):
+                        running.mask.set(batch, False)
+                        run_block(block, state, inputs.arguments[index])
+                reduced = {name: _reduced(used[name], running.sums[name].finish(name), config) for name in inside}
+                with playing(adapter, reduced, reduced):
+                    hidden = [run_block(block, h, i.arguments[index]) for h, i in zip(hidden, seen, strict=True)]
     samples = sum(len(batch["input_ids"]) for batch in plain)
     return SafetyStatistics(running.finish(), _record(adapter, config.calibration_tokens, "reference", None, samples))
 

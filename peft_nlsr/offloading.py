@@ -43,3 +43,24 @@ def at_hand(module: nn.Module) -> Iterator[None]:
     """Inside, a module's own offloaded parameters hold their values, on the device where they are computed with."""
     with torch.no_grad(), align_module_device(module):
         yield
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Inside, all offloaded parameters below a module are where they are computed with, so that passes fetch nothing.
+
+    For work that runs one block many times: without it every pass of every batch brings the block in again.
+    """
+    offloaded: list[Any] = []
+    try:
+        for part in module.modules():
+            if has_offloaded_params(part):
+                hook: Any = part._hf_hook
+                hook.pre_forward(part)
+                hook.offload = False
+                offloaded.append(part)
+        yield
+    finally:
+        for part in offloaded:
+            part._hf_hook.offload = True
+            part._hf_hook.post_forward(part, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model, hooks
 from conftest import randomise_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
@@ -48,7 +48,7 @@ from peft_nlsr import (
 from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.generation import generate_answers, model_digest
 from peft_nlsr.nlsr import build_nlsr_patch
-from peft_nlsr.offloading import bring_in, input_device
+from peft_nlsr.offloading import bring_in, held, input_device
 
 MakeLora = Callable[..., PeftModel]
 CPU = torch.device("cpu")
@@ -242,6 +242,27 @@ def test_gradient_flags_come_back_although_each_pass_makes_new_parameters(make_p
     config, needed = METHODS["sum-snip"]
     plan(model, config, **given_to(model, needed))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_held_block_is_fetched_once(pico_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([[1, 5, 6, 7]])
+    wanted = pico_llama(input_ids=ids).logits
+    fetched: list[str] = []
+    move = hooks.set_module_tensor_to_device
+
+    def counted(module: Any, name: str, *args: Any, **kwargs: Any) -> None:
+        fetched.append(name)
+        move(module, name, *args, **kwargs)
+
+    model = cpu_offload(pico_llama, execution_device=CPU)
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", counted)
+    with pytest.raises(KeyboardInterrupt), held(model):
+        fetched.clear()
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
+        assert not fetched
+        raise KeyboardInterrupt
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
 
 
 def test_what_is_in_memory_is_not_touched(pico_llama: LlamaForCausalLM) -> None:
