@@ -236,7 +236,7 @@ class _TokenMask:
         mask = candidates[0]
         if len(candidates) == 2 and self._from_encoder(x):
             mask = candidates[1]
-        return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
+        return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)]
 
     def _from_encoder(self, x: Tensor) -> bool:
         """Inside the encoder, or cross-attention reading the encoder's output."""

@@ -21,6 +21,7 @@ from tiny import (
     rows,
     word_tokenizer,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -46,6 +47,7 @@ from peft_nlsr import (
     revert,
 )
 from peft_nlsr.adapters import LiveAdapter
+from peft_nlsr.blocks import run_until
 from peft_nlsr.generation import generate_answers, model_digest
 from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.offloading import bring_in, held, input_device
@@ -263,6 +265,20 @@ def test_a_held_block_is_fetched_once(pico_llama: LlamaForCausalLM, monkeypatch:
         raise KeyboardInterrupt
     assert all(parameter.is_meta for parameter in model.parameters())
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
+
+
+class Elsewhere(torch.nn.Module):
+    """A block that a device map has put on another device."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape, device="cuda:1")
+
+
+def test_what_a_block_on_another_device_computes_comes_back() -> None:
+    with FakeTensorMode():
+        block, hidden = Elsewhere(), torch.zeros(2, 3, 4, device="cuda:0")
+        seen = run_until({"x": block}, block, hidden, ((), {}), outputs=True)
+    assert seen["x"].device == hidden.device
 
 
 def test_what_is_in_memory_is_not_touched(pico_llama: LlamaForCausalLM) -> None:
