@@ -52,8 +52,8 @@ _CLAIMS = ("nlsr_", "safety_report")
 _FILE_LEVEL = "Save the adapter and realign the files instead: `peft-nlsr realign ADAPTER --patch PATCH -o OUT`"
 _KEEP_VALUES = (
     "PEFT loses them where the base was offloaded before: load the adapter with PeftModel.from_pretrained(base, "
-    "ADAPTER, device_map=..., offload_folder=...) on a base that was loaded with a device_map, or offload the model "
-    "after the adapter was put on it"
+    "ADAPTER, device_map=..., offload_folder=...) on a base that was loaded with a device_map, offload the model "
+    "after the adapter was put on it, or realign its files: `peft-nlsr realign ADAPTER --patch PATCH -o OUT`"
 )
 _RETRAIN = "Convert it to plain LoRA (`peft.convert_to_lora`) or train it without this option"
 _EXPORT = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,11 +184,18 @@ def model_digest(model: Any) -> str:
 
 
 def _sampled_bytes(model: Any, name: str, tensor: torch.Tensor) -> bytes:
-    """Evenly spaced values of a tensor of the model's state, read through accelerate's hook where it is offloaded."""
+    """Values of a tensor of the model's state, read through accelerate's hook where it is offloaded."""
+    if not tensor.is_meta:
+        return _bytes_of(tensor)
     path, _, own_name = name.rpartition(".")
-    with at_hand(model.get_submodule(path)) if tensor.is_meta else nullcontext():
-        held = getattr(model.get_submodule(path), own_name) if tensor.is_meta else tensor
-        if held.is_meta:
-            return b""
-        values = held.detach().reshape(-1)[:: max(1, held.numel() // 4096)]
-        return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    module = model.get_submodule(path)
+    with at_hand(module):
+        return _bytes_of(getattr(module, own_name, tensor))
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """Evenly spaced values; none of a tensor without values."""
+    if tensor.is_meta:
+        return b""
+    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
