@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .hub import is_hub_id
 from .lowrank import LowRank, zero_like
+from .offloading import bring_in
 from .storage import Spec, TensorFile, replace_folder, require_finite, write_tensors
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".md", ".model", ".tiktoken", "
 _CLAIMS = ("nlsr_", "safety_report")
 
 _FILE_LEVEL = "Save the adapter and realign the files instead: `peft-nlsr realign ADAPTER --patch PATCH -o OUT`"
+_KEEP_VALUES = (
+    "PEFT loses them where the base was offloaded before: load the adapter with PeftModel.from_pretrained(base, "
+    "ADAPTER, device_map=..., offload_folder=...) on a base that was loaded with a device_map, offload the model "
+    "after the adapter was put on it, or realign its files: `peft-nlsr realign ADAPTER --patch PATCH -o OUT`"
+)
 _RETRAIN = "Convert it to plain LoRA (`peft.convert_to_lora`) or train it without this option"
 _EXPORT = (
     "It changed the base weights; export it as plain LoRA first, with `save_pretrained(..., "
@@ -137,6 +143,8 @@ class Adapter(Mapping[str, LowRank]):
 class LiveAdapter(Adapter):
     """One LoRA adapter of a model in memory; a value is a view of the parameters as they are at that moment.
 
+    What accelerate offloads of the adapter (not of its base) is brought in, and stays where it is computed with.
+
     Args:
         model: a ``PeftModel`` or a transformers model with injected adapters, bare or wrapped (DDP, compiled).
         adapter_name: which adapter; None means the one that is active.
@@ -154,6 +162,7 @@ class LiveAdapter(Adapter):
     def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
         self.model: Any = _unwrap(model)
         self._name = _choose_adapter(self.model, adapter_name)
+        _bring_in(self.model, self._name)
         config = _live_config(self.model, self._name)
         _check_peft_type(config)
         layers = _lora_layers(self.model, self._name)
@@ -611,6 +620,13 @@ def _live_config(model: Any, adapter_name: str) -> dict[str, Any]:
     return {**json.loads(json.dumps(config, default=sorted)), "inference_mode": True}
 
 
+def _bring_in(model: nn.Module, adapter_name: str) -> None:
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if adapter_name in parts and any(part.startswith(("lora_", "modules_to_save")) for part in parts):
+            bring_in(module)
+
+
 def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     from peft.tuners.lora import LoraLayer
 
@@ -646,7 +662,7 @@ def _check_parameter(name: str, weight: Any) -> None:
     if hasattr(weight, "ds_id") or weight.numel() == 0:
         _refuse("a partitioned parameter (DeepSpeed ZeRO-3 or FSDP)", name, _FILE_LEVEL)
     if weight.is_meta:
-        _refuse("a parameter on the meta device (offloaded or not loaded)", name, _FILE_LEVEL)
+        _refuse("a factor without values (on the meta device)", name, _KEEP_VALUES)
     if weight.ndim != 2:
         _refuse(f"a LoRA factor of shape {tuple(weight.shape)} (flattened by FSDP?)", name, _FILE_LEVEL)
 

@@ -188,13 +188,16 @@ def watched(modules: dict[str, nn.Module], *, outputs: bool) -> Iterator[dict[st
 def run_until(
     modules: dict[str, nn.Module], block: nn.Module, hidden: Tensor, arguments: Any, *, outputs: bool
 ) -> dict[str, Tensor]:
-    """Inputs or outputs of the named modules in one pass of the block, which ends once all have been seen."""
+    """Inputs or outputs of the named modules in one pass of the block, which ends once all have been seen.
+
+    They come back on the device of ``hidden``; a block of a model that is spread over several may compute on another.
+    """
     with watched(modules, outputs=outputs) as seen:
         try:
             run_block(block, hidden, arguments)
         except _Stop:
             pass
-        return dict(seen)
+        return {name: tensor.to(hidden.device) for name, tensor in seen.items()}
 
 
 def rows_of(values: Tensor, counted: Tensor, name: str, *, instead: str) -> Tensor:

@@ -26,6 +26,7 @@ from .files import read_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
+from .offloading import held, input_device
 from .reference import Reference
 from .scores import ModuleStatistics, Moment, low_rank_factors, rank_kept, safety_masks
 from .storage import TensorFile, write_tensors
@@ -247,7 +248,7 @@ class _TokenMask:
         mask = candidates[0]
         if len(candidates) == 2 and self._from_encoder(x):
             mask = candidates[1]
-        return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
+        return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)]
 
     def _from_encoder(self, x: Tensor) -> bool:
         """Inside the encoder, or cross-attention reading the encoder's output."""
@@ -360,7 +361,7 @@ def _record(adapter: LiveAdapter, tokens: str, used_by: str, gradients: str | No
 def _one_batch(
     adapter: LiveAdapter, running: _Pass, batch: Mapping[str, Any], encoder: nn.Module | None, gradients: str | None
 ) -> int:
-    device = next(adapter.model.parameters()).device
+    device = input_device(adapter.model)
     if gradients == "preference_snip" and not {"chosen", "rejected"} <= set(batch):
         raise CalibrationError(
             "gradients='preference_snip' needs batches {'chosen': batch, 'rejected': batch}, found the keys "
@@ -412,7 +413,7 @@ def collect_sequential(
     blocks = find_blocks(adapter)
     modules = [block for _, block in blocks]
     with quiet(adapter.model), torch.no_grad(), playing(adapter, used, used):
-        plain = [_on(batch, next(adapter.model.parameters()).device) for batch in batches]
+        plain = [_on(batch, input_device(adapter.model)) for batch in batches]
         if not plain:
             raise CalibrationError("the calibration data are empty: no batch was given")
         prove_chain(adapter.model, modules, plain[0])
@@ -422,13 +423,14 @@ def collect_sequential(
             tqdm(modules, desc="sequential calibration", unit="block", disable=not progress)
         ):
             inside = {names[id(m)]: m for m in block.modules() if id(m) in names}
-            with running.hooks(inside, None):
-                for state, inputs, batch in zip(hidden, seen, plain, strict=True):
-                    running.mask.set(batch, False)
-                    run_block(block, state, inputs.arguments[index])
-            reduced = {name: _reduced(used[name], running.sums[name].finish(name), config) for name in inside}
-            with playing(adapter, reduced, reduced):
-                hidden = [run_block(block, h, i.arguments[index]) for h, i in zip(hidden, seen, strict=True)]
+            with held(block):
+                with running.hooks(inside, None):
+                    for state, inputs, batch in zip(hidden, seen, plain, strict=True):
+                        running.mask.set(batch, False)
+                        run_block(block, state, inputs.arguments[index])
+                reduced = {name: _reduced(used[name], running.sums[name].finish(name), config) for name in inside}
+                with playing(adapter, reduced, reduced):
+                    hidden = [run_block(block, h, i.arguments[index]) for h, i in zip(hidden, seen, strict=True)]
     samples = sum(len(batch["input_ids"]) for batch in plain)
     return SafetyStatistics(running.finish(), _record(adapter, config.calibration_tokens, "reference", None, samples))
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from .adapters import CONFIG_FILE, LiveAdapter
 from .config import NLSRConfig
 from .distributed import gathered_factors, on_replicas, write_updates
-from .errors import PeftNLSRError
+from .errors import PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, rows_of, sample
 from .files import write_json
 from .gate import Measure, Outcome, measured, monitor
@@ -154,6 +154,7 @@ class NLSRCallback(TrainerCallback):
         if state.is_hyper_param_search:
             return
         forget_realignments(model)
+        _require_in_memory(model)
         self.outcome = None
         self._require_startable(model, state)
         self._defer_pushes(args)
@@ -374,6 +375,17 @@ def _find_trainer(args: Any) -> Trainer | None:
             return candidate
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _require_in_memory(model: Any) -> None:
+    """Refuse what an optimizer cannot reach: accelerate makes offloaded parameters anew in each pass."""
+    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.is_meta]
+    if lost:
+        raise UnsupportedAdapterError(
+            f"{len(lost)} parameters that are to be trained are offloaded to the CPU or to disk (first {lost[0]}), "
+            "where training does not change them; load the base without offloading, in 4 bits if it is too large "
+            "(BitsAndBytesConfig(load_in_4bit=True))"
+        )
 
 
 def _moved(plain: Any, live: Any, device: torch.device) -> Any:

@@ -169,7 +169,7 @@ class NLSRConfig:
     keep_share: float = _knob(1.0, "resta: DARE keeps this share of B's entries at random and rescales them.")
     max_samples: int = _knob(320, "Examples used of each kind of data.")
     max_length: int = _knob(512, "Tokens per example; longer ones are cut on the right.")
-    nlsr_batch_size: int = _knob(16, "Examples per forward pass.")
+    nlsr_batch_size: int = _knob(16, "Examples per forward pass; of examples below 64 tokens, as many as fill it.")
     nlsr_seed: int = _knob(0, "Seed of every random draw.")
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import IncompatibleError
 from .examples import Example, batches_of, collate
+from .offloading import input_device
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _divergence(p: Tensor, q: Tensor) -> float:
 
 def _log_probs(model: Any, examples: Sequence[Example], batch_size: int, padding: int) -> Iterator[tuple[int, Tensor]]:
     """Position and log-probabilities ``(answer tokens, vocabulary)`` in float64 of each example."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     positions = {id(example): i for i, example in enumerate(examples)}
     for batch in batches_of(examples, batch_size):
         inputs = collate(batch, padding, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ ACCEPTED = (
     "{'prompt', 'response'} or {'prompt', 'completion'} (text or chat messages), {'messages'}, {'text'}, tokenised "
     "{'input_ids', 'labels'} or {'prompt_ids', 'completion_ids'} rows, or collated batches, padded or packed"
 )
+SHORT = 64  # tokens; a forward pass with fewer per example is cheap, so that it takes more examples
 _IGNORED = -100
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -281,11 +284,27 @@ def token_weights(examples: Sequence[Example], decision_weight: float) -> Tensor
 
 
 def batches_of(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Batches of similar length, longest first, so that little is spent on padding."""
+    """Batches of similar length, longest first, so that little is spent on padding; their sizes are as in
+    :func:`cut_by_length`."""
     ordered = sorted(examples, key=lambda e: -len(e.tokens))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return cut_by_length(ordered, [len(e.tokens) for e in ordered], size)
+
+
+def cut_by_length(items: Sequence[T], lengths: Sequence[int], size: int) -> list[list[T]]:
+    """Consecutive batches of ``size`` items, or of more short ones, ``64 size`` tokens in all.
+
+    Args:
+        lengths: tokens of each item, falling, so that the first of a batch says how far the others are padded.
+    """
+    batches: list[list[T]] = []
+    start = 0
+    while start < len(items):
+        count = max(size, size * SHORT // max(1, lengths[start]))
+        batches.append(list(items[start : start + count]))
+        start += count
+    return batches
 
 
 def collated(examples: Sequence[Example], size: int, pad_id: int) -> list[dict[str, Tensor]]:
-    """The examples as collated batches of at most ``size``, see :func:`collate`."""
+    """The examples as collated batches of :func:`batches_of`, see :func:`collate`."""
     return [collate(batch, pad_id) for batch in batches_of(examples, size)]

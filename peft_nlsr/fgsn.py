@@ -35,6 +35,7 @@ from .examples import Example, batches_of, collate
 from .files import read_json
 from .generation import quiet
 from .lowrank import LowRank
+from .offloading import at_hand, input_device
 from .projection import Projection, projection_of
 from .record import DIFF_NAME, Diff, Realignment
 
@@ -291,7 +292,8 @@ def row_scores(layer: Any, update: LowRank, input_norms: Tensor) -> Tensor:
     """
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Any = dequantize_module_weight(layer.get_base_layer())
+    with at_hand(layer.get_base_layer()):
+        weight: Any = dequantize_module_weight(layer.get_base_layer())
     weight = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
     A, norms = update.A.to(weight.device).float(), input_norms.to(weight.device).float()
     scores: list[Tensor] = []
@@ -393,7 +395,7 @@ class _Batches:
         return self._collated([Example(e.prompt or e.answer, ()) for e in self._examples])
 
     def _collated(self, examples: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         return (collate(batch, self._pad_id, device) for batch in batches_of(examples, self._size))
 
 

@@ -19,6 +19,7 @@ from .evaluation import Evaluation, Measurement, evaluate
 from .examples import Example, batches_of, collate, knows_words
 from .generation import pad_id, quiet
 from .judges import Judge
+from .offloading import input_device
 from .prompt_sets import PromptSet, builtin_prompt_set
 from .prompts import KINDS
 from .realign import apply, revert
@@ -71,7 +72,7 @@ def answer_accuracy(model: Any, examples: Sequence[Example], *, batch_size: int,
     usable = [e for e in examples if e.answer and len(e.tokens) > 1]
     if not usable:
         raise ValueError(f"answer accuracy needs examples with answers, found none among {len(examples)}")
-    device = next(model.parameters()).device
+    device = input_device(model)
     shares: list[float] = []
     for batch in batches_of(usable, batch_size):
         tokens = collate(batch, pad_id, device)

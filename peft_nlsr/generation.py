@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .errors import PeftNLSRError
+from .examples import cut_by_length
+from .offloading import at_hand, input_device
 from .ranks import ALONE, Ranks
 
 
@@ -78,8 +80,9 @@ def answers_in_batches(
     """The greedy answers of one batch after the other, by position in ``prompts``.
 
     Prompts of similar length share a batch, the longest come first (so that a lack of memory shows at once and the
-    time left is never underestimated), and equal prompts are asked once. The model's own generation settings, a
-    repetition penalty for example, have no part in it.
+    time left is never underestimated), and equal prompts are asked once. A batch holds ``batch_size`` prompts, or more
+    where prompt and answer together are short (:func:`peft_nlsr.examples.cut_by_length`). The model's own generation
+    settings, a repetition penalty for example, have no part in it.
 
     Args:
         model: a causal language model in eval mode.
@@ -99,7 +102,7 @@ def answers_in_batches(
     for i, prompt in enumerate(prompts):
         positions.setdefault(tuple(prompt), []).append(i)
     order = sorted(positions, key=len, reverse=True)
-    batches = ranks.own([order[i : i + batch_size] for i in range(0, len(order), batch_size)])
+    batches = ranks.own(cut_by_length(order, [len(prompt) + max_new_tokens for prompt in order], batch_size))
     total = sum(len(positions[prompt]) for batch in batches for prompt in batch)
     with tqdm(total=total, desc=progress, disable=progress is None, leave=False, unit="answer") as bar:
         for batch in batches:
@@ -111,7 +114,7 @@ def answers_in_batches(
 
 def _answer(model: Any, batch: Sequence[tuple[int, ...]], settings: GenerationConfig) -> list[tuple[int, ...]]:
     """The answers to one batch, padded on the left."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     longest = max(map(len, batch))
     ids = torch.full((len(batch), longest), settings.pad_token_id)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -140,15 +143,16 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 def quiet(model: Any) -> Iterator[None]:
     """Eval mode, and afterwards the modes and gradient flags as they were."""
     modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # By name, because accelerate makes new parameters in each pass of a module that it offloads.
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         model.eval()
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags[name])
 
 
 @contextmanager
@@ -173,16 +177,33 @@ def _until_end(row: list[int], ends: Any) -> tuple[int, ...]:
 def model_digest(model: Any) -> str:
     """A SHA-256 that tells models apart by what they compute: samples of every tensor, and which adapters are active.
 
-    At most 4,096 values of a tensor are read, so that it takes seconds; tensors that are not in memory count by name
-    and shape.
+    At most 8,191 values of a tensor are hashed, so that it takes seconds, or as long as one forward pass where tensors
+    are offloaded. Where they are has no influence; tensors without values anywhere count by name and shape.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.numel():
-            values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
-            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            digest.update(_sampled_bytes(model, name, tensor))
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
             digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
     return digest.hexdigest()
+
+
+def _sampled_bytes(model: Any, name: str, tensor: torch.Tensor) -> bytes:
+    """Values of a tensor of the model's state, read through accelerate's hook where it is offloaded."""
+    if not tensor.is_meta:
+        return _bytes_of(tensor)
+    path, _, own_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    with at_hand(module):
+        return _bytes_of(getattr(module, own_name, tensor))
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """Evenly spaced values; none of a tensor without values."""
+    if tensor.is_meta:
+        return b""
+    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()

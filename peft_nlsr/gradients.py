@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapters import LiveAdapter
 from .blocks import switched_off
-from .errors import CalibrationError
+from .errors import CalibrationError, UnsupportedAdapterError
 from .scores import FactorPair
 
 DPO_BETA = 0.1
@@ -33,6 +33,7 @@ def gradient_sums(adapter: LiveAdapter, batch: Mapping[str, Any], kind: str) -> 
     One backward pass for the whole batch: ``dL_k/dA = sum_t dh_t x_t^T`` and ``dL_k/dB = sum_t dy_t h_t^T``. Modules
     that did not run (routed experts) are left out.
     """
+    _require_backward(adapter.model)
     pairs = 1
     if kind == "preference_snip":
         batch, pairs = _stack(batch["chosen"], batch["rejected"]), 2
@@ -54,6 +55,16 @@ def gradient_sums(adapter: LiveAdapter, batch: Mapping[str, Any], kind: str) -> 
         for name in adapter.layers
         if (name, "lora_A") in gradients
     }
+
+
+def _require_backward(model: Any) -> None:
+    """bitsandbytes computes with 4-bit weights on some CPUs in a way that has no backward pass."""
+    fast = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    if any(module.weight.device.type == "cpu" for module in fast):
+        raise UnsupportedAdapterError(
+            "gradient scores cannot be computed on a 4-bit base on this CPU, because bitsandbytes has no backward "
+            "pass there; use score='low_rank' or 'wanda', a GPU, or a base that is not quantised"
+        )
 
 
 def _factors(adapter: LiveAdapter, name: str) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .generation import generate_answers, undisturbed
+from .offloading import input_device
 
 Contents = Callable[[str], Any]
 # Texts that no chat template contains by itself.
@@ -131,7 +132,7 @@ class ClassifierJudge:
     def _padded(self, texts: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         longest = max(len(text["input_ids"]) for text in texts)
         fillers = {"input_ids": self.model.config.pad_token_id or 0}
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         return {
             key: torch.tensor([t[key] + [fillers.get(key, 0)] * (longest - len(t[key])) for t in texts], device=device)
             for key in texts[0]

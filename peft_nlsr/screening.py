@@ -19,7 +19,7 @@ from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
-from .examples import Example, batches_of, knows_words, sample
+from .examples import Example, knows_words, sample
 from .generation import generate_answers, pad_id, quiet
 from .judges import Judge, verdicts_of
 from .prompts import REFUSALS, builtin_prompts
@@ -117,7 +117,7 @@ def _checked(asking: _Asking, found: TeachingData) -> TeachingData:
         return found
     tolerated = len(meant) - math.ceil(_INTACT_SHARE * len(meant))
     asked_of_adapter, lost = 0, 0
-    for batch in batches_of(meant, _FEWEST_REFUSALS):
+    for batch in (meant[i : i + _FEWEST_REFUSALS] for i in range(0, len(meant), _FEWEST_REFUSALS)):
         lost += asking.refused(asking.answers(batch, "fine-tuned model answers safety prompts")).count(False)
         asked_of_adapter += len(batch)
         if lost > tolerated:

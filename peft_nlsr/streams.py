@@ -20,6 +20,7 @@ from .blocks import Factors, as_teacher, capture, playing, prove_chain, run_bloc
 from .config import NLSRConfig
 from .examples import Example, batches_of, collate, token_weights
 from .lowrank import LowRank
+from .offloading import input_device
 from .ranks import Ranks
 
 DEVICE_SHARE = 0.5  # of the free memory of an accelerator, that hidden states may take before they go to the CPU
@@ -148,7 +149,7 @@ def open_stream(
         modules: the blocks.
         offload: ``always``, ``never`` or ``auto``, see ``NLSRConfig.offload``.
     """
-    device = next(adapter.model.parameters()).device
+    device = input_device(adapter.model)
     stream = Stream(teacher, device, device)
     stream.weights = [w.to(device) for w in weighed.weights]
     stream.drawn = [w.to(device) for w in weighed.drawn]

@@ -284,7 +284,7 @@ def _seen(
     x = seen[first]
     targets = {
         name: rows_of(out, counted, name, instead=INSTEAD).float()
-        - layers[name].base_layer(x).flatten(0, -2)[counted].float()
+        - layers[name].base_layer(x).to(x.device).flatten(0, -2)[counted].float()
         for name, out in wanted.items()
     }
     return rows_of(x, counted, first, instead=INSTEAD), targets

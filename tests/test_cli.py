@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from tiny import QUICK, assert_same_factors, drift, factors_of, hashes, rows, word_tokenizer
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_nlsr import (
     NLSRConfig,
@@ -239,6 +240,37 @@ def test_ctrl_c_while_the_command_line_loads_is_no_traceback(monkeypatch: pytest
     with pytest.raises(SystemExit) as end:
         __main__.main()
     assert end.value.code == 130
+
+
+def test_a_spread_model_gives_the_same_files(place: Path, run: Run) -> None:
+    call = ["realign", "adapter", "--base", "base", "--utility", "train.jsonl", *JUDGE, *SETS]
+    for device in ("cpu", "balanced"):
+        code, _, err = run(*call, "--device", device, "-o", device)
+        assert code == 0, err
+    assert_same_factors(dict(open_adapter("balanced")), dict(open_adapter("cpu")))
+
+
+def test_a_model_that_fits_nowhere_is_refused(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = psutil.virtual_memory()._replace(available=20_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    code, _, err = run("evaluate", "adapter", "--base", "base", "--device", "balanced")
+    assert code == 1 and "does not fit into the memory of GPUs and CPU together" in plain(err)
+
+
+def test_a_quantised_checkpoint_is_loaded_where_it_stays(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def not_moved(*_: Any) -> None:
+        raise ValueError("`.to` is not supported")  # what older versions of bitsandbytes say
+
+    bits = BitsAndBytesConfig(load_in_8bit=True)
+    LlamaForCausalLM.from_pretrained("base", quantization_config=bits, device_map="cpu").save_pretrained("base8")
+    shutil.copytree("base", "base8", dirs_exist_ok=True, ignore=lambda _, names: {"config.json", "model.safetensors"})
+    monkeypatch.setattr(LlamaForCausalLM, "to", not_moved)
+    code, _, err = run("evaluate", "adapter", "--base", "base8", "--device", "cpu", *PROMPTS, *JUDGE, "--json")
+    assert code == 0, err
 
 
 def test_a_live_realignment_is_the_library_call(place: Path, run: Run, make_pico_lora: MakeLora) -> None:

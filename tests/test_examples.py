@@ -9,7 +9,7 @@ import torch
 from tiny import word_tokenizer
 
 from peft_nlsr.errors import CalibrationError, PeftNLSRError
-from peft_nlsr.examples import Example, batches_of, collate, collated, read_examples, token_weights
+from peft_nlsr.examples import Example, batches_of, collate, collated, cut_by_length, read_examples, token_weights
 
 CHAT, PLAIN, BOTH_ENDS = word_tokenizer(), word_tokenizer(chat=False), word_tokenizer(chat=False, begin=True, end=True)
 USER, ASSISTANT = {"role": "user", "content": "paint the vase"}, {"role": "assistant", "content": "sure word1"}
@@ -184,10 +184,10 @@ def test_a_padded_batch_is_read_row_by_row(side: str, as_lists: bool) -> None:
 
 
 def test_collating_is_undone_by_reading() -> None:
-    examples = [Example((4, 6, 5), (9, 2)), Example((), (8, 2)), Example((7, 7, 7, 7), ())]
+    examples = [Example((4,) * 65, (9, 2)), Example((), (8, 2)), Example((7,) * 80, ())]
     batches = collated(examples, 2, pad_id=0)
     assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
-    found = read_examples(iter(batches), None, limit=9, max_length=9)
+    found = read_examples(iter(batches), None, limit=9, max_length=99)
     assert {(e.prompt, e.answer) for e in found} == {(e.prompt, e.answer) for e in examples}
 
 
@@ -198,10 +198,22 @@ def test_weights_count_every_token_once_and_the_decision_more() -> None:
 
 
 def test_batches_hold_every_example_once_longest_first() -> None:
-    examples = [Example((1,) * n, ()) for n in (2, 5, 1, 4, 3)]
+    examples = [Example((1,) * n, ()) for n in (66, 69, 65, 68, 67)]
     batches = batches_of(examples, 2)
-    assert [len(e.tokens) for batch in batches for e in batch] == [5, 4, 3, 2, 1]
+    assert [len(e.tokens) for batch in batches for e in batch] == [69, 68, 67, 66, 65]
     assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_batch_of_short_examples_holds_more_of_them(size: int) -> None:
+    lengths = sorted(range(100), reverse=True)
+    batches = cut_by_length(lengths, lengths, size)
+    assert [length for batch in batches for length in batch] == lengths
+    for batch in batches[:-1]:
+        padded = len(batch) * batch[0]
+        assert len(batch) >= size
+        assert padded <= 64 * size or len(batch) == size
+        assert padded + batch[0] > 64 * size
 
 
 # ---- limits and sampling

@@ -15,7 +15,7 @@ PACKAGE = "peft_nlsr"
 ROOT = Path(__file__).parent.parent / PACKAGE
 LEVELS = {
     **dict.fromkeys(["errors", "lowrank", "prompts", "judges", "intervals"], 0),
-    **dict.fromkeys(["files", "hub", "prompt_sets", "answer_file", "processes"], 1),
+    **dict.fromkeys(["files", "hub", "prompt_sets", "answer_file", "processes", "offloading"], 1),
     **dict.fromkeys(["config", "result_file", "ranks"], 2),
     **dict.fromkeys(["scores", "selection", "storage", "examples"], 3),
     **dict.fromkeys(["edits", "costs", "adapters", "generation", "divergence"], 4),

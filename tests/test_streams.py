@@ -21,6 +21,12 @@ MakeLora = Callable[..., PeftModel]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def _batches_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples this short would all share one batch."""
+    monkeypatch.setattr("peft_nlsr.examples.SHORT", 1)
+
+
 def opened(model: Any, offload: str = "auto") -> Stream:
     adapter = LiveAdapter(model)
     examples = [Example(tuple(p), tuple(a), i) for i, (p, a) in enumerate(random_rows(7, seed=1))]

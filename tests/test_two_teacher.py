@@ -55,6 +55,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _batches_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples this short would all share one batch."""
+    monkeypatch.setattr("peft_nlsr.examples.SHORT", 1)
+
+
 def tolerance(ridge: float) -> float:
     return 1e-6 / ridge
 

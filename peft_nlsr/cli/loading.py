@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .options import usage_error
 
+_SPREAD = "balanced"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,10 +35,16 @@ class ModelOptions:
 
         if self.dtype not in _DTYPES:
             usage_error(f"--dtype {self.dtype} is not one of {', '.join(_DTYPES)}")
+        if self.device == _SPREAD:
+            return
         try:
-            torch.device(_device() if self.device == "auto" else self.device)
+            torch.device(self.one_device())
         except RuntimeError:
-            usage_error(f"--device {self.device} is no device; give auto, cpu, cuda, cuda:1 or mps")
+            usage_error(f"--device {self.device} is no device; give auto, cpu, cuda, cuda:1, mps or {_SPREAD}")
+
+    def one_device(self) -> str:
+        """The device that holds the whole model, where it is not spread."""
+        return _device() if self.device == "auto" else self.device
 
 
 @dataclass(frozen=True)
@@ -94,20 +101,35 @@ def _load_base(options: ModelOptions, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     remote = {"trust_remote_code": options.trust_remote_code}
+    spread = options.device == _SPREAD
+    placed = spread or getattr(config, "quantization_config", None) is not None  # such a model cannot be moved later
     try:
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            options.base, config=config, dtype=dtype, use_safetensors=True, **remote
+            options.base,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map=(_SPREAD if spread else {"": options.one_device()}) if placed else None,
+            **remote,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise PeftNLSRError(f"the base model {options.base!r} cannot be loaded: {_first_line(error)}") from error
-    device = _device() if options.device == "auto" else options.device
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise PeftNLSRError(
+            f"the base model {options.base!r} does not fit into the memory of GPUs and CPU together; try --dtype "
+            "bfloat16, or give a 4-bit checkpoint of it"
+        )
+    return model if placed else _moved(model, options.one_device())
+
+
+def _moved(model: Any, device: str) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch built without the device says it with an assertion
         raise PeftNLSRError(
-            f"the base model does not go to the device {device}: {_first_line(error)}; try --device cpu, or --dtype "
-            "bfloat16"
+            f"the base model does not go to the device {device}: {_first_line(error)}; try --dtype bfloat16, "
+            f"--device {_SPREAD} or --device cpu"
         ) from error
 
 

@@ -302,7 +302,11 @@ Base = Annotated[
 NeededBase = Annotated[str, typer.Option("--base", help="Folder or Hub id of the base model (causal language model).")]
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda, cuda:1, mps; auto takes a GPU when there is one.", rich_help_panel="Model"),
+    typer.Option(
+        help="auto, cpu, cuda, cuda:1, mps; auto takes a GPU when there is one. balanced spreads a large model over "
+        "all GPUs and the CPU's memory.",
+        rich_help_panel="Model",
+    ),
 ]
 Dtype = Annotated[
     str,
