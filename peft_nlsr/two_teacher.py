@@ -34,6 +34,7 @@ from .errors import CalibrationError
 from .examples import Example
 from .generation import model_digest, quiet
 from .lowrank import LowRank
+from .offloading import held
 from .ranks import ALONE, Ranks
 from .record import fingerprint
 from .result_file import key_of
@@ -203,18 +204,24 @@ def _solve_blocks(run: _Run, finished: SolvedBlocks | None, progress: bool) -> T
     for index, block in enumerate(tqdm(run.blocks, desc="two-teacher", unit="block", disable=not progress)):
         current = {name: run.tuned[name] for group in groups[index] for name in group.d_outs}
         found = run.ranks.gather(None if finished is None else finished.load(index))[0]
-        if found is None:
-            found = {}
-            for group in groups[index]:
-                found |= _solve_group(run, index, group, current)
-                current |= {name: found[name].update for name in group.d_outs}
-            if finished is not None:
-                finished.save(index, found)
-        current |= {name: module.update for name, module in found.items()}
+        with held(block):
+            if found is None:
+                found = _solve_block(run, index, groups[index], current)
+                if finished is not None:
+                    finished.save(index, found)
+            current |= {name: module.update for name, module in found.items()}
+            for stream in run.streams if index + 1 < len(run.blocks) else ():
+                stream.advance(run.adapter, block, index, current)
         solved |= found
-        for stream in run.streams if index + 1 < len(run.blocks) else ():
-            stream.advance(run.adapter, block, index, current)
     return _solution(solved, run.tuned, expected)
+
+
+def _solve_block(run: _Run, index: int, groups: Sequence[Group], current: Mapping[str, LowRank]) -> dict[str, Solved]:
+    """Group after group, each on the inputs that the groups before it, repaired already, give."""
+    found: dict[str, Solved] = {}
+    for group in groups:
+        found |= _solve_group(run, index, group, {**current, **{name: s.update for name, s in found.items()}})
+    return found
 
 
 def _groups(run: _Run, shares: Sequence[Share]) -> list[list[Group]]:

@@ -27,6 +27,7 @@ from tiny import assert_same_state, quick, refuses_attacks, rows, state_of, word
 from transformers import AutoModelForCausalLM
 
 from peft_nlsr import adapters, distributed
+from peft_nlsr import examples as reading
 from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import collect_statistics
 from peft_nlsr.distributed import gathered_factors, on_rank_zero, on_replicas, refuse_unsupported, write_updates
@@ -521,6 +522,7 @@ SHARED = {
 
 def shares(base: str, out: Path) -> None:
     """The two-teacher form on both ranks together, against one alone; failures on one of them in the middle."""
+    reading.SHORT = 1  # several batches of these short rows
     model, ranks = lora_model(base), Ranks.launched()
     before = state_of(model)
     told: dict[str, Any] = {}
