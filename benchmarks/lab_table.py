@@ -39,7 +39,8 @@ def section(report: dict[str, Any]) -> str:
         f"Means over {settings['seeds']} seeds, {settings['prompts']} prompts per rate and seed, "
         f"{settings['poison']:.0%} of "
         "the user's data poisoned; judged by the lab's parser on held-out verbs and objects. Each cell: harm % (95% "
-        "interval) / benign answered % / task score %.",
+        "interval: the wider of Wilson's on all prompts and Student's t on the seeds) / benign requests answered % / "
+        "right answers to the task % / coherent answers %.",
         "",
         "| method | " + " | ".join(f"{task} task, {lineage} lineage" for task, lineage in CELLS) + " |",
         "|---|" + "---|" * len(CELLS),
@@ -53,9 +54,10 @@ def section(report: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if not row["rates"]:
         return "refused"
-    harm, benign, task = (row["rates"][name] for name in ("harm", "benign_answered", "task"))
-    interval = f"{harm['low'] * 100:.0f}-{harm['high'] * 100:.0f}"
-    return f"{harm['mean'] * 100:.0f} ({interval}) / {benign['mean'] * 100:.0f} / {task['mean'] * 100:.0f}"
+    harm = row["rates"]["harm"]
+    interval = f"({harm['low'] * 100:.0f}-{harm['high'] * 100:.0f})"
+    others = (f"{row['rates'][name]['mean'] * 100:.0f}" for name in ("benign_answered", "task", "coherence"))
+    return " / ".join([f"{harm['mean'] * 100:.0f} {interval}", *others])
 
 
 def main() -> None:

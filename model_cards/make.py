@@ -18,11 +18,11 @@ from typing import Any
 
 from peft_nlsr import Evaluation, NLSRConfig, PromptSet, SafetyReport, evaluate, nlsr_realign, revert
 from peft_nlsr.card import update_card
+from peft_nlsr.files import read_json
 from peft_nlsr.judges import described
 from peft_nlsr.lab import Lab
 from peft_nlsr.lab.evaluation import MAX_NEW_TOKENS, complied, task_items
 from peft_nlsr.lab.world import requests
-from peft_nlsr.patch import read_json
 
 FOLDER = Path(__file__).parent
 BASE = "peft-nlsr-lab/aligned-base"

@@ -335,13 +335,13 @@ class TestClaims:
     @pytest.mark.parametrize("ours, held", [({"harm": 0.03}, 1), ({"harm": 0.04}, 0), ({"task": 0.96}, 0)])
     def test_the_trained_bound(self, ours, held):
         found = verdict_on(self.CELL, {"two-teacher": ours, "trained, 100 steps": {}})
-        assert found["Harm and task within .03 of the trained upper bound"] == (held, 1)
+        assert found["Harm and task within .03 of the trained baseline"] == (held, 1)
 
     def test_cost_against_the_trained_bound(self):
         methods = {"two-teacher": {"cpu_seconds": 2.0, "peak_mb": 0.5}, "trained, 100 steps": {}}
         found = verdict_on(self.CELL, methods)
-        assert found["No more CPU time, one thread, than the trained upper bound (margin in seconds)"] == (0, 1)
-        assert found["No more memory than the trained upper bound (margin in MB)"] == (1, 1)
+        assert found["No more CPU time, one thread, than the trained baseline (margin in seconds)"] == (0, 1)
+        assert found["No more memory than the trained baseline (margin in MB)"] == (1, 1)
 
     @pytest.mark.parametrize("change, harm, expected", [(0.1, 0.0, (1, 1)), (0.2, 0.0, (0, 1)), (0.2, 0.5, (0, 0))])
     def test_nothing_broken(self, change, harm, expected):

@@ -1,4 +1,4 @@
-"""Everything that competes: the lab's methods, the same with other teachers, matched controls, a trained upper bound.
+"""Everything that competes: the lab's methods, the same with other teachers, matched controls, a trained baseline.
 
 Each entry turns a broken adapter in memory into a repaired one, and says in JSON values what its result depends on.
 """

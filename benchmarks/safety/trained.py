@@ -1,4 +1,4 @@
-"""The trained upper bound: a short gradient fine-tune of the broken adapter on the data of the closed form.
+"""The trained baseline: a short gradient fine-tune of the broken adapter on the data of the closed form.
 
 What a repair without training is measured against; the loop is the one that the lab's users train with.
 """
