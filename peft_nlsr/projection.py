@@ -18,7 +18,7 @@ from .checkpoints import models_of
 from .config import NLSRConfig
 from .errors import IncompatibleError
 from .lowrank import LowRank
-from .reference import Reference
+from .reference import Reference, require_same_shapes
 
 HOW_TO_GET_ONE = (
     "pass reference=<a LoRA adapter that aligned this base model>, or extract one from the public aligned and "
@@ -137,9 +137,4 @@ def _require_cover(adapter: Adapter, delta: Mapping[str, LowRank]) -> None:
             f"the reference lacks {len(missing)} of the adapter's {len(adapter)} modules, first {missing[0]}; "
             f"{HOW_TO_GET_ONE} --module all-linear"
         )
-    for name, update in adapter.items():
-        if delta[name].shape != update.shape:
-            raise IncompatibleError(
-                f"the reference's update of {name} has shape {delta[name].shape}, the adapter's {update.shape}; they "
-                "belong to different base models"
-            )
+    require_same_shapes(adapter, delta)

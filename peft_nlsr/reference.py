@@ -69,6 +69,11 @@ def require_same_modules(adapter: Mapping[str, LowRank], reference: Mapping[str,
             f"adapter and reference cover different modules: {len(missing)} differ, first {missing[0]}, which the "
             f"{where} lacks; give a reference with the same target modules"
         )
+    require_same_shapes(adapter, reference)
+
+
+def require_same_shapes(adapter: Mapping[str, LowRank], reference: Mapping[str, LowRank]) -> None:
+    """Raise IncompatibleError unless the reference's update of each module of the adapter has the same shape."""
     for name, update in adapter.items():
         if reference[name].shape != update.shape:
             raise IncompatibleError(
