@@ -674,6 +674,8 @@ def main(names: str, base: str, out: str) -> None:
             with_callback(name.removesuffix("-callback"), base, folder)
         else:
             trained(name, base, folder)
+    if dist.is_initialized():  # the group's threads may otherwise outlive the interpreter, which aborts
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -445,7 +445,10 @@ class TestRealModel:
         found = generate_answers(model, WORDS, prompts, max_new_tokens=5, batch_size=2)
         assert found == [greedy(model, prompt, 5) for prompt in prompts]
 
-    def test_the_ranks_answer_each_prompt_once_in_the_batches_of_one_process(self, model: PeftModel) -> None:
+    def test_the_ranks_answer_each_prompt_once_in_the_batches_of_one_process(
+        self, model: PeftModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("peft_nlsr.examples.SHORT", 1)  # several batches of these short prompts
         prompts = [(5, 6 + i, *range(10, 10 + i % 4)) for i in range(9)] + [(5, 6)]
 
         def batches(ranks: Ranks) -> list[dict[int, tuple[int, ...]]]:
