@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import NLSRConfig
+from .defaults import TOLERANCE
 from .errors import PeftNLSRError
 from .evaluation import Evaluation, Measurement
-from .examples import Example, read_examples
 from .files import write_json
-from .gate import GUARDED, answer_accuracy
+from .gate import AnswerRows, answer_rows, losses, with_answers
 from .generation import quiet
 from .measuring import EvaluationSettings
 from .planning import Method, Planner
@@ -43,7 +43,11 @@ SPACES: dict[str, Space] = {
     "two_teacher": {
         "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
         "decision_weight": (1.0, 3.0, 10.0),
-        "ridge": (1e-4, 1e-3, 1e-2),
+        "ridge": (1e-2, 3e-2, 1e-1),
+    },
+    "one_shot": {
+        "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "ridge": (1e-2, 3e-2, 1e-1),
     },
     "nlsr": {
         "sparsity": (0.5, 0.7, 0.8, 0.9),
@@ -52,7 +56,6 @@ SPACES: dict[str, Space] = {
         "score": ("low_rank", "wanda"),
     },
 }
-_ROWS_CHECKED = 128
 _PROPOSALS = 10
 
 
@@ -134,7 +137,7 @@ def tune(
     base: Method | None = None,
     space: Space | None = None,
     trials: int = 16,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     held_out: float = 0.5,
     searcher: str = "auto",
     evaluation: EvaluationSettings | None = None,
