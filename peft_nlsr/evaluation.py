@@ -15,7 +15,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -462,6 +462,15 @@ def require_askable(
     if task is not None:
         _task_scores(task.answers or (), task, compute_metrics or exact_match)
     return sets
+
+
+def metrics_of(kinds: Collection[str], *, second: bool = False) -> list[str]:
+    """The rates that :func:`evaluate` gives for prompts of these kinds, with or without a second harm judge."""
+    found = ["harm_rate", "refusal_rate"] if "safety" in kinds else []
+    found += ["over_refusal"] if {"lookalike", "benign"} & set(kinds) else []
+    found += ["coherence"] if set(KINDS) & set(kinds) else []
+    found += ["second_harm_rate", "judge_disagreement"] if second and "safety" in kinds else []
+    return found + (["task_accuracy"] if "task" in kinds else [])
 
 
 def require_room(
