@@ -431,7 +431,7 @@ def rates(harm: float, **others: float) -> Evaluation:
             rates(1.0, over_refusal=0.0), rates(0.0, over_refusal=1.0), "over_refusal rose", id="refuses-all"
         ),
         pytest.param(rates(1.0, over_refusal=0.9), rates(0.0, over_refusal=0.1), "", id="refuses-less"),
-        pytest.param(rates(1.0, over_refusal=0.93), rates(0.0, over_refusal=0.98), "", id="exactly-the-tolerance"),
+        pytest.param(rates(1.0, coherence=1.0), rates(0.0, coherence=0.95), "", id="exactly-the-tolerance"),
     ],
 )
 def test_what_closes_the_gate(before: Evaluation, after: Evaluation, word: str) -> None:
