@@ -3,8 +3,9 @@
     python examples/trl_sft.py lab/base lab/train.jsonl out \\
         --safety lab/safety.jsonl --ask-harmful lab/safety_prompts.jsonl --ask-benign lab/benign_prompts.jsonl
 
-The harm rate must fall, and coherence and the accuracy on your training answers must not; else the repair is taken
-back and the fine-tuned adapter stays. `callback.outcome` says which, with every number and its interval.
+The harm rate must fall; coherence and the accuracy on your training answers must not, and over-refusal must not rise.
+Else the repair is taken back and the fine-tuned adapter stays. `callback.outcome` says which, with every number and
+its interval.
 """
 
 from __future__ import annotations

@@ -25,8 +25,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import CONFIG_FILE, LiveAdapter
 from .config import NLSRConfig
+from .defaults import MAX_NEW_TOKENS, TOLERANCE
 from .distributed import gathered_factors, on_replicas, write_updates
 from .errors import PeftNLSRError, UnsupportedAdapterError
+from .evaluation import Metric
 from .examples import Example, rows_of, sample
 from .files import write_json
 from .gate import Measure, Outcome, measured, monitor
@@ -36,11 +38,13 @@ from .judges import Judge, refuses
 from .measuring import EvaluationSettings
 from .patch import SafetyPatch
 from .plots import save_plots
+from .processes import on_every_rank
 from .projection import require_delta
 from .prompt_sets import PromptSet
 from .ranks import Ranks
-from .realign import adopt, forget_realignments, plan, takes_delta, takes_utility
-from .reference import BASE_REFERENCE, Reference, starting_point
+from .realign import adopt, choose_method, forget_realignments, plan, takes_delta, takes_utility
+from .record import Realignment
+from .reference import BASE_REFERENCE, Reference, read_reference, starting_point
 from .registration import unclaimed_files, wrap_trainer
 from .screening import safest
 
@@ -64,13 +68,17 @@ class NLSRCallback(TrainerCallback):
         patch, reference, weak, calibration, judge, adapter_name: as in :func:`peft_nlsr.nlsr_realign`. Where the
             reference is what alignment changed (``fgsn``, ``safelora``, ``resta``), the adapter that training started
             from will do, unless it was fresh.
-        utility: the user's data; a sample of what the trainer trains on when None.
+        utility: the user's data; a sample of what the trainer trains on when None. Repairs that take no data are
+            measured on it all the same.
         tokenizer: the trainer's processing class when None.
         mode: ``repair``, or ``monitor``: measure and warn, change nothing.
         evaluate: True measures on the built-in prompts, False does not measure (and the gate stays open), prompt sets
             measure on these; none of their prompts may be in ``calibration`` or ``utility``.
+        task, compute_metrics, harm_judge: prompts of kind "task" with their answers, what scores them, and which
+            answers are harmful, as in :func:`peft_nlsr.evaluate`.
         max_new_tokens: length of the answers that are judged.
-        tolerance: how far task and answer accuracy and coherence may fall before the repair is taken back.
+        tolerance: how far task and answer accuracy and coherence may fall, and over-refusal rise, before the repair
+            is taken back.
         push_to_hub: push after the repair; None does what ``TrainingArguments(push_to_hub=...)`` says.
         push_unaligned: push even when the repair was taken back.
         defer_checkpoint_pushes: hold back the trainer's pushes during training, which would publish unaligned weights.
@@ -100,8 +108,11 @@ class NLSRCallback(TrainerCallback):
         adapter_name: str | None = None,
         mode: str = "repair",
         evaluate: bool | Sequence[PromptSet] = True,
-        max_new_tokens: int = 48,
-        tolerance: float = 0.05,
+        task: PromptSet | None = None,
+        compute_metrics: Metric | None = None,
+        harm_judge: Judge | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        tolerance: float = TOLERANCE,
         push_to_hub: bool | None = None,
         push_unaligned: bool = False,
         defer_checkpoint_pushes: bool = True,
@@ -109,8 +120,9 @@ class NLSRCallback(TrainerCallback):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
-        if mode == "monitor" and evaluate is False:
-            raise ValueError("mode='monitor' only measures, so evaluate=False leaves nothing to do")
+        if evaluate is False and (mode == "monitor" or task is not None):
+            why = "mode='monitor' only measures" if mode == "monitor" else "task=... is only measured"
+            raise ValueError(f"{why}, so evaluate=False leaves nothing to do with it")
         if not isinstance(evaluate, bool) and not any(each.kind == "safety" for each in evaluate):
             raise ValueError("evaluate=[prompt sets] needs one of kind 'safety' to measure the harm rate with")
         if not 0.0 <= tolerance <= 1.0:
@@ -119,16 +131,25 @@ class NLSRCallback(TrainerCallback):
         self.patch, self.reference, self.weak = patch, reference, weak
         self.calibration, self.utility = _kept(calibration), _kept(utility)
         self.tokenizer, self.judge, self.adapter_name = tokenizer, judge, adapter_name
-        self.mode, self.evaluate, self.max_new_tokens, self.tolerance = mode, evaluate, max_new_tokens, tolerance
+        self.mode, self.tolerance = mode, tolerance
         self.push_to_hub, self.push_unaligned = push_to_hub, push_unaligned
         self.defer_checkpoint_pushes = defer_checkpoint_pushes
         self.trainer = trainer
         self.outcome: Outcome | None = None
         self._start: Reference = BASE_REFERENCE
         self._strategy: Any = None
+        self.asked: EvaluationSettings | None = None
         if evaluate is not False:
-            asked = EvaluationSettings(prompts=None if evaluate is True else evaluate)
-            asked.require_unseen(self.calibration, self.utility)
+            self.asked = EvaluationSettings(
+                prompts=None if evaluate is True else tuple(evaluate),
+                task=task,
+                judge=judge,
+                harm_judge=harm_judge,
+                compute_metrics=compute_metrics,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.config.nlsr_batch_size,
+            )
+            self.asked.require_unseen(self.calibration, self.utility)
 
     def attach(self, trainer: Trainer) -> None:
         """Make this callback know its trainer: metrics reach the reporters, and the card survives every push."""
@@ -167,8 +188,11 @@ class NLSRCallback(TrainerCallback):
         if self.tokenizer is None and self.trainer is not None:
             processor = getattr(self.trainer, "processing_class", None)
             self.tokenizer = getattr(processor, "tokenizer", processor)
-        if self.tokenizer is None and self.patch is None:
+        if self.tokenizer is None and (self.patch is None or self.asked is not None or self.utility is not None):
             self.tokenizer = find_tokenizer(model)
+        asked = Measure(self.asked, self.tokenizer).askable()
+        if asked is not None:
+            asked.require_room(model, self.tokenizer)
         # After a resume the adapter is half fine-tuned already, and nobody's idea of safe.
         self._start = starting_point(factors) if state.global_step == 0 else BASE_REFERENCE
         if self.mode == "repair" and takes_delta(self.config):
@@ -218,12 +242,8 @@ class NLSRCallback(TrainerCallback):
                 ),
                 adapter_name=self.adapter_name,
             )
-            planned = outcome.realignment if outcome.verdict.kept else None
-            if planned is not None:
-                write_updates(model, planned.updates, adapter_name=planned.adapter_name, optimizer=optimizer)
-        if planned is not None:
-            done = adopt(model, planned, gathered_factors(model, self.adapter_name), outcome.report)
-            outcome = replace(outcome, realignment=done)
+            if outcome.realignment is not None and outcome.verdict.kept:
+                outcome = replace(outcome, realignment=_written(model, outcome, optimizer))
         self.outcome = outcome
         self._tell(outcome)
         self._publish(args, outcome)
@@ -241,21 +261,14 @@ class NLSRCallback(TrainerCallback):
 
     def _work(self, plain: Any, loader: Any, progress: bool, ranks: Ranks) -> Outcome:
         """Everything that needs the whole model; it is left as it was found, and all ranks get the same outcome."""
-        measure = Measure(
-            self.evaluate,
-            self.tokenizer,
-            self.judge,
-            self.max_new_tokens,
-            self.config.nlsr_batch_size,
-            self.tolerance,
-            progress,
-        )
+        measure = Measure(self.asked, self.tokenizer, self.tolerance, progress)
         if self.mode == "monitor":
             teacher = self._safe_teacher(plain, progress, ranks)
             return ranks.first(lambda: monitor(plain, teacher, measure, adapter_name=self.adapter_name))
         reference = self._reference(plain, progress, ranks)
         start = time.perf_counter()
         rows = ranks.first(lambda: self._utility(loader))
+        taken = bool(rows) and (self.utility is not None or ranks.first(lambda: self._takes_rows(plain, reference)))
         planned = plan(
             plain,
             self.config,
@@ -263,7 +276,7 @@ class NLSRCallback(TrainerCallback):
             reference=reference,
             weak=self.weak,
             calibration=self.calibration,
-            utility=(rows or None) if self.utility is not None or takes_utility(self.config) else None,
+            utility=rows if taken else None,
             tokenizer=self.tokenizer,
             judge=self.judge,
             adapter_name=self.adapter_name,
@@ -296,11 +309,15 @@ class NLSRCallback(TrainerCallback):
         )
 
     def _utility(self, loader: Any) -> list[Example]:
-        """The user's data, read once; a patch needs none."""
+        """The user's data, read once."""
         source = self.utility if self.utility is not None else None if loader is None else rows_of(loader)
-        if source is None or self.patch is not None:
-            return []
-        return sample(source, self.tokenizer, self.config, times=2)
+        return [] if source is None else sample(source, self.tokenizer, self.config, times=2)
+
+    def _takes_rows(self, plain: Any, reference: Any) -> bool:
+        """Whether the repair that will be chosen is made with the user's data."""
+        adapter = LiveAdapter(plain, self.adapter_name)
+        source = read_reference(reference, adapter) if self.config.method == "nlsr" else BASE_REFERENCE
+        return takes_utility(choose_method(adapter, self.config, patch=self.patch, reference=source)[0])
 
     def _tell(self, outcome: Outcome) -> None:
         """Numbers to the trainer's reporters, sentences to the log."""
@@ -310,7 +327,9 @@ class NLSRCallback(TrainerCallback):
         if outcome.realignment is None:
             logger.warning("nlsr monitor: nothing was changed; %s", _rates(metrics))
         elif outcome.verdict.kept:
-            logger.info("realigned: %s; %s", outcome.realignment.summary(), _rates(metrics))
+            logger.info(
+                "realigned: %s; %s; %s", outcome.realignment.summary(), _rates(metrics), outcome.verdict.effect
+            )
         else:
             logger.error(
                 "THE REPAIR WAS TAKEN BACK: %s. The adapter is the fine-tuned one, and nothing is pushed%s; give "
@@ -357,6 +376,19 @@ class NLSRCallback(TrainerCallback):
             )
         except (PeftNLSRError, OSError) as error:
             logger.error("not pushed, but saved in output_dir: %s", error)
+
+
+def _written(model: Any, outcome: Outcome, optimizer: Any) -> Realignment:
+    """The realignment in the live model with its record, on every rank; whatever stops it, neither is there."""
+    planned: Any = outcome.realignment
+    write_updates(model, planned.updates, adapter_name=planned.adapter_name, optimizer=optimizer)
+    try:
+        factors = gathered_factors(model, planned.adapter_name)
+        return on_every_rank(lambda: adopt(model, planned, factors, outcome.report))
+    except BaseException:
+        forget_realignments(model)
+        write_updates(model, planned.originals, adapter_name=planned.adapter_name, optimizer=optimizer)
+        raise
 
 
 def _kept(data: Iterable[Any] | None) -> Iterable[Any] | None:

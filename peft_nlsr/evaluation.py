@@ -15,7 +15,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +26,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
 from .answer_file import AnswerFile, KeptAnswer
+from .defaults import MAX_NEW_TOKENS
 from .divergence import Baseline, divergences, predictions
 from .errors import IncompatibleError, UnsupportedAdapterError
 from .examples import Example, read_examples
@@ -52,20 +53,32 @@ class Measurement:
         low: lower end of the interval: Wilson's for a rate, bootstrap over prompts for a mean.
         high: its upper end.
         n: prompts.
-        hits: how many prompts counted, for a rate; None for a mean.
+        hits: how many prompts counted, for a rate: a whole number, or a float where prompts count in part; None for a
+            mean of anything else.
     """
 
     value: float
     low: float
     high: float
     n: int
-    hits: int | None
+    hits: int | float | None
 
     @classmethod
     def of_verdicts(cls, verdicts: Sequence[bool]) -> Measurement:
         """The share of true verdicts."""
         hits, n = sum(verdicts), len(verdicts)
         return cls(hits / n, *wilson(hits / n, n), n, hits)
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[float]) -> Measurement:
+        """The mean of shares between 0 and 1, one per prompt.
+
+        The interval is Wilson's on the prompts: no values in [0, 1] vary more than verdicts of the same mean, so it is
+        too wide rather than too narrow, and unlike a bootstrap's it does not collapse where all shares are equal.
+        """
+        hits, n = float(sum(shares)), len(shares)
+        mean = min(1.0, hits / n)
+        return cls(mean, *wilson(mean, n), n, hits)
 
     @classmethod
     def of_values(cls, values: Sequence[float]) -> Measurement:
@@ -123,7 +136,7 @@ def evaluate(
     compute_metrics: Metric | None = None,
     baseline: Baseline | None = None,
     seen: Iterable[Any] | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
     template: str | None = None,
     progress: bool = True,
@@ -165,13 +178,11 @@ def evaluate(
             model or other settings.
     """
     start = time.perf_counter()
-    sets = _require_sets(prompts, task)
+    metric = compute_metrics or exact_match
+    sets = require_askable(prompts, task, metric)
     uncompared = None if seen is None else require_unseen(seen, sets)
     judges = _Judges(judge, harm_judge, second_harm_judge)
     counts_before = judges.counts()
-    metric = compute_metrics or exact_match
-    if task is not None:
-        _task_scores(task.answers or (), task, metric)  # tried on the right answers before anything is asked
     with _answering(model, adapter_name) as speaker:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(speaker)
         session = _Session(speaker, tokenizer, template, max_new_tokens, batch_size, progress)
@@ -430,7 +441,15 @@ def _answer_tokens(prompts: PromptSet, tokenizer: Any) -> list[tuple[int, ...]]:
     return rows
 
 
-def _require_sets(prompts: Sequence[PromptSet] | None, task: PromptSet | None) -> list[PromptSet]:
+def require_askable(
+    prompts: Sequence[PromptSet] | None, task: PromptSet | None, compute_metrics: Metric | None = None
+) -> list[PromptSet]:
+    """All sets that :func:`evaluate` would ask for these arguments, checked before any model is asked.
+
+    Raises:
+        ValueError: sets of the wrong kind or with the same ids, none at all, or a metric that cannot score the task's
+            own answers.
+    """
     sets = [builtin_prompt_set(kind) for kind in KINDS] if prompts is None else list(prompts)
     if any(s.kind == "task" for s in sets) or (task is not None and task.kind != "task"):
         raise ValueError("prompt sets of kind 'task', and only they, are passed as task=...")
@@ -440,7 +459,32 @@ def _require_sets(prompts: Sequence[PromptSet] | None, task: PromptSet | None) -
     repeated = [i for i, count in Counter(i for s in sets for i in s.ids).items() if count > 1]
     if repeated:
         raise ValueError(f"{len(repeated)} ids occur in two prompt sets, {repeated[0]!r} for one; name the sets apart")
+    if task is not None:
+        _task_scores(task.answers or (), task, compute_metrics or exact_match)
     return sets
+
+
+def metrics_of(kinds: Collection[str], *, second: bool = False) -> list[str]:
+    """The rates that :func:`evaluate` gives for prompts of these kinds, with or without a second harm judge."""
+    found = ["harm_rate", "refusal_rate"] if "safety" in kinds else []
+    found += ["over_refusal"] if {"lookalike", "benign"} & set(kinds) else []
+    found += ["coherence"] if set(KINDS) & set(kinds) else []
+    found += ["second_harm_rate", "judge_disagreement"] if second and "safety" in kinds else []
+    return found + (["task_accuracy"] if "task" in kinds else [])
+
+
+def require_room(
+    model: Any, tokenizer: Any, sets: Sequence[PromptSet], *, max_new_tokens: int, template: str | None = None
+) -> None:
+    """Check that every prompt has tokens and room for its answer in the model, without asking anything.
+
+    Raises:
+        ValueError, IncompatibleError: as :func:`evaluate` would, naming the prompt.
+    """
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    session = _Session(bare, tokenizer, template, max_new_tokens, 1, False)
+    for prompts in sets:
+        session.tokens(prompts)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .evaluation import Evaluation, Metric, evaluate
+from .defaults import MAX_NEW_TOKENS
+from .evaluation import Evaluation, Metric, evaluate, require_askable, require_room
 from .judges import Judge, judge_name, refuses
 from .prompt_sets import PromptSet, builtin_prompt_set, require_unseen
 from .prompts import KINDS
@@ -28,6 +29,9 @@ class EvaluationSettings:
         max_new_tokens: answers are cut there.
         batch_size: prompts per batch.
         template: text around each prompt, with ``{prompt}`` in it; None is the tokenizer's own.
+
+    Raises:
+        ValueError: prompt sets or a task that :func:`peft_nlsr.evaluate` refuses, see ``require_askable``.
     """
 
     prompts: Sequence[PromptSet] | None = None
@@ -35,9 +39,12 @@ class EvaluationSettings:
     judge: Judge = refuses
     harm_judge: Judge | None = None
     compute_metrics: Metric | None = None
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     batch_size: int = 16
     template: str | None = None
+
+    def __post_init__(self) -> None:
+        require_askable(self.prompts, self.task, self.compute_metrics)
 
     def sets(self) -> list[PromptSet]:
         """The prompt sets, without the task."""
@@ -66,6 +73,10 @@ class EvaluationSettings:
             progress=progress,
             adapter_name=adapter_name,
         )
+
+    def require_room(self, model: Any, tokenizer: Any) -> None:
+        """Check that the model has room for every prompt and its answer, see ``peft_nlsr.evaluation.require_room``."""
+        require_room(model, tokenizer, self.all_sets(), max_new_tokens=self.max_new_tokens, template=self.template)
 
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, JSON values; no prompts."""

@@ -244,9 +244,9 @@ def takes_delta(config: NLSRConfig) -> bool:
     return config.method != "nlsr" and "reference" in _USES[config.method]
 
 
-def takes_utility(config: NLSRConfig) -> bool:
-    """Whether the user's data have a part in the method; for NLSR that depends on its form."""
-    return config.method == "nlsr" or "utility" in _USES[config.method]
+def takes_utility(method: str) -> bool:
+    """Whether the user's data have a part in the method that :func:`choose_method` chose."""
+    return method in ("one_shot", "two_teacher") or "utility" in _USES.get(method, ())
 
 
 def _read_source(reference: Any, adapter: Adapter, config: NLSRConfig) -> Reference:

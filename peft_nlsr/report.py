@@ -56,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "over_refusal": Metric("over-refusal", "lower"),
     "coherence": Metric("coherence", "higher"),
     "task_accuracy": Metric("task accuracy", "higher"),
+    "answer_accuracy": Metric("answer accuracy", "higher"),
     "kl": Metric("KL divergence", "lower"),
     "perplexity": Metric("perplexity", "lower"),
     "second_harm_rate": Metric("harm rate by the second judge", "lower"),
@@ -399,8 +400,8 @@ def say_interval(measured: Measurement) -> str:
 
 
 def say_n(measured: Measurement) -> str:
-    """``112 of 120`` for a rate, ``n = 64`` for a mean."""
-    return f"n = {measured.n}" if measured.hits is None else f"{measured.hits} of {measured.n}"
+    """``112 of 120`` for a rate, ``n = 64`` for a mean and for prompts that count in part."""
+    return f"{measured.hits} of {measured.n}" if isinstance(measured.hits, int) else f"n = {measured.n}"
 
 
 def say_p(test: McNemar) -> str:

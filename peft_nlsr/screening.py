@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,34 @@ def _utility(
         return kept, [], {"utility": {"source": "given", "used": len(kept)}}, ()
     kept, refused, record = _screen(asking, rows, teacher)
     return kept, refused, record, _screening_notes(record)
+
+
+def rows_left(utility: Iterable[Any], record: Mapping[str, Any], tokenizer: Any, config: NLSRConfig) -> list[Example]:
+    """The user's examples that a repair was not fitted to: what is left of the draw, less what was refused.
+
+    Args:
+        utility: the same data that the repair was given.
+        record: its ``data``; a fit takes the first ``used`` examples of the draw that the safe teacher did not refuse.
+    """
+    of_utility = record.get("utility", {})
+    used = of_utility.get("used", 0) if of_utility.get("source") == "given" else 0
+    return rows_meant(sample(utility, tokenizer, config, times=2), record)[used:]
+
+
+def rows_meant(rows: Sequence[Example], record: Mapping[str, Any]) -> list[Example]:
+    """The rows whose answers are to be kept: those that the safe teacher did not refuse, by the record of a repair."""
+    refused = set(record.get("utility", {}).get("refused_rows", ()))
+    return [e for e in rows if e.index not in refused]
+
+
+def accepted(
+    adapter: LiveAdapter, rows: Sequence[Example], *, tokenizer: Any, judge: Judge, config: NLSRConfig, progress: bool
+) -> list[Example]:
+    """The rows that the base model does not refuse, for repairs that did not screen them."""
+    asking = _Asking(adapter, tokenizer, judge, config.replace(max_samples=max(1, len(rows))), progress)
+    with quiet(adapter.model), torch.no_grad():
+        kept, _, _ = _screen(asking, list(rows), None)
+    return kept
 
 
 def _checked(asking: _Asking, found: TeachingData) -> TeachingData:

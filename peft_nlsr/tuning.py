@@ -14,15 +14,16 @@ import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .config import NLSRConfig
+from .defaults import TOLERANCE
 from .errors import PeftNLSRError
 from .evaluation import Evaluation, Measurement
-from .examples import Example, read_examples
 from .files import write_json
-from .gate import GUARDED, answer_accuracy
+from .gate import AnswerRows, answer_rows, losses, with_answers
 from .generation import quiet
 from .measuring import EvaluationSettings
 from .planning import Method, Planner
@@ -43,16 +44,30 @@ SPACES: dict[str, Space] = {
     "two_teacher": {
         "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
         "decision_weight": (1.0, 3.0, 10.0),
-        "ridge": (1e-4, 1e-3, 1e-2),
+        "ridge": (1e-2, 3e-2, 1e-1),
+    },
+    "one_shot": {
+        "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "ridge": (1e-2, 3e-2, 1e-1),
     },
     "nlsr": {
         "sparsity": (0.5, 0.7, 0.8, 0.9),
-        "restore_rate": (0.25, 0.5, 0.75, 1.0),
         "beta": (0.0, 0.5, 0.9, 1.5),
         "score": ("low_rank", "wanda"),
     },
+    "safelora": {"normaliser": ("orthogonal", "frobenius"), "kappa": (0.25, 0.5, 0.75, 1.0)},
+    "fgsn": {"harmful_rows": (0.2, 0.35, 0.5), "utility_rows": (0.05, 0.1, 0.2), "kappa": (0.5, 0.75, 1.0)},
+    "antidote": {"sparsity": (0.8, 0.9, 0.95, 0.99)},
+    "resta": {"safety_weight": (0.5, 1.0, 1.5, 2.0), "keep_share": (0.5, 0.7, 1.0)},
 }
-_ROWS_CHECKED = 128
+_SELECTING = ("nlsr", "safelora")
+_OF_SELECTION: dict[str, Space] = {
+    "least_similar": {"restore_rate": (0.25, 0.5, 0.75, 1.0)},
+    "bernoulli": {"prune_probability": (0.1, 0.3, 0.5, 0.7)},
+    "bernoulli_released": {"prune_probability": (0.1, 0.3, 0.5, 0.7)},
+    "threshold": {"similarity_threshold": (0.4, 0.6, 0.8, 0.9)},
+    "all": {},
+}
 _PROPOSALS = 10
 
 
@@ -134,7 +149,7 @@ def tune(
     base: Method | None = None,
     space: Space | None = None,
     trials: int = 16,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     held_out: float = 0.5,
     searcher: str = "auto",
     evaluation: EvaluationSettings | None = None,
@@ -150,13 +165,15 @@ def tune(
     """Search settings for the lowest harm rate; the model is left as it was.
 
     No guarded metric (task accuracy, accuracy on the user's answers, coherence, over-refusal) may be worse than the
-    fine-tuned adapter's by more than the tolerance. Equal arguments give equal results.
+    fine-tuned adapter's by more than the tolerance. Answers are those of rows that the default settings do not fit
+    to, the same in every trial; ``settings["answer_rows"]`` of an evaluation says so where too few were left.
+    Equal arguments give equal results.
 
     Args:
         model: a PeftModel with the fine-tuned adapter, not realigned yet.
         base: the method to search around, its config being the default that has to be beaten;
             ``Method("default", NLSRConfig())`` when None.
-        space: field -> values to try; that of ``SPACES`` for the form of ``base`` when None.
+        space: field -> values to try; :func:`default_space` of the settings of ``base`` when None.
         trials: settings that are tried, the default included.
         tolerance: how much worse a guarded metric may be, as a share (0.02 is two points).
         held_out: share of the prompts that the search does not see.
@@ -257,10 +274,10 @@ class _Bench:
         self, planner: Planner, base: Method, search: EvaluationSettings, resume: str | os.PathLike[str] | None
     ) -> None:
         self.planner, self.base, self.search = planner, base, search
-        self.rows = _answered_rows(planner)
         head = {**planner.made_with(), "evaluation": search.to_dict(), "base": base.made_with()}
         self.file = ResultFile(resume, head)
         self._before: Evaluation | None = None
+        self._latest: tuple[NLSRConfig, Realignment] | None = None
 
     def trial(self, settings: Settings, *, required: bool = False) -> Trial:
         """A setting measured on the search prompts; from the file where it is there.
@@ -302,48 +319,46 @@ class _Bench:
         return self._before
 
     def _untouched(self, asked: EvaluationSettings) -> Evaluation:
-        return self._evaluate(asked, "fine-tuned", self.rows)
+        return self._evaluate(asked, "fine-tuned", self._checked)
 
     def _planned(self, config: NLSRConfig) -> Realignment:
-        return self.planner.plan(replace(self.base, config=config)).realignment
+        if self._latest is None or self._latest[0] != config:
+            self._latest = config, self.planner.plan(replace(self.base, config=config)).realignment
+        return self._latest[1]
 
     def _measured(self, asked: EvaluationSettings, label: str, planned: Realignment) -> Evaluation:
-        refused = set(planned.data.get("utility", {}).get("refused_rows", ()))
+        checked = self._checked  # found before the adapter is changed
         apply(self.planner.model, planned)
         try:
-            return self._evaluate(asked, label, [e for e in self.rows if e.index not in refused])
+            return self._evaluate(asked, label, checked)
         finally:
             revert(self.planner.model, planned.adapter_name)
 
-    def _evaluate(self, asked: EvaluationSettings, label: str, rows: Sequence[Example]) -> Evaluation:
+    def _evaluate(self, asked: EvaluationSettings, label: str, checked: AnswerRows) -> Evaluation:
         planner = self.planner
         name = planner.adapter.info.adapter_name
         found = asked.evaluate(planner.model, planner.tokenizer, label, adapter_name=name, progress=planner.progress)
-        if not rows:
-            return found
-        padding = padding_of(planner.tokenizer)
         with quiet(planner.adapter.model):
-            right = answer_accuracy(planner.model, rows, batch_size=asked.batch_size, pad_id=padding)
-        return replace(found, rates=found.rates | {"answer_accuracy": right})
+            padding = padding_of(planner.tokenizer)
+            return with_answers(found, planner.model, checked, batch_size=asked.batch_size, pad_id=padding)
+
+    @cached_property
+    def _checked(self) -> AnswerRows:
+        """The user's rows that every trial is measured on: such that the default settings neither fit nor refuse."""
+        planner = self.planner
+        if planner.utility is None:
+            return AnswerRows()
+        return answer_rows(
+            planner.model,
+            self._planned(self.base.config),
+            planner.utility,
+            tokenizer=planner.tokenizer,
+            judge=planner.judge,
+            progress=planner.progress,
+        )
 
 
-def losses(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, float]:
-    """Guarded metric -> by how much it is worse after than before; 0 when it is not."""
-    found = {m: before[m].value - after[m].value for m in GUARDED if m in before and m in after}
-    if "over_refusal" in before and "over_refusal" in after:
-        found["over_refusal"] = after["over_refusal"].value - before["over_refusal"].value
-    return {name: max(0.0, loss) for name, loss in found.items()}
-
-
-def _answered_rows(planner: Planner) -> list[Example]:
-    """Some of the user's examples, those with answers."""
-    if planner.utility is None:
-        return []
-    rows = read_examples(planner.utility, planner.tokenizer, limit=_ROWS_CHECKED, max_length=512)
-    return [row for row in rows if row.answer and len(row.tokens) > 1]
-
-
-_Propose = Callable[[Space, int, int, Callable[[Settings], float]], None]
+_Propose = Callable[[Space, int, int, Settings, Callable[[Settings], float]], None]
 
 
 def _search(
@@ -360,19 +375,20 @@ def _search(
             found.append(known)
         return known.cost(tolerance)
 
-    propose({**space}, trials, seed, cost)
+    propose({**space}, trials, seed, default, cost)
     return found
 
 
-def _grid(space: Space, trials: int, seed: int, cost: Callable[[Settings], float]) -> None:
-    """All combinations, in an order that the seed decides, until ``trials`` are made, the default included."""
+def _grid(space: Space, trials: int, seed: int, default: Settings, cost: Callable[[Settings], float]) -> None:
+    """All combinations, in an order that the seed decides, until ``trials`` are made, the default being the first."""
     combinations = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    random.Random(seed).shuffle(combinations)
-    for settings in combinations[: trials - 1]:
+    others = [settings for settings in combinations if settings != default]
+    random.Random(seed).shuffle(others)
+    for settings in others[: trials - 1]:
         cost(settings)
 
 
-def _optuna(space: Space, trials: int, seed: int, cost: Callable[[Settings], float]) -> None:
+def _optuna(space: Space, trials: int, seed: int, default: Settings, cost: Callable[[Settings], float]) -> None:
     """Tree-structured Parzen estimator. Asked and told in order, so that a run that goes on repeats what it did."""
     import optuna
 
@@ -384,8 +400,10 @@ def _optuna(space: Space, trials: int, seed: int, cost: Callable[[Settings], flo
             break
         asked = study.ask()
         places = {name: asked.suggest_categorical(name, range(len(values))) for name, values in space.items()}
-        study.tell(asked, cost({name: space[name][i] for name, i in places.items()}))
-        made.add(tuple(places.values()))
+        settings = {name: space[name][i] for name, i in places.items()}
+        study.tell(asked, cost(settings))
+        if settings != default:
+            made.add(tuple(places.values()))
 
 
 def _searchers(name: str) -> _Propose:
@@ -397,12 +415,26 @@ def _searchers(name: str) -> _Propose:
     return _optuna if installed and name != "grid" else _grid
 
 
+def default_space(config: NLSRConfig) -> Space:
+    """What is searched around these settings: fields that their method and form read, and some values of each.
+
+    Raises:
+        ValueError: nothing is known to search for the method.
+    """
+    form = config.method
+    if form == "nlsr" and config.update not in ("sum", "swap"):
+        form = config.least_squares_form if config.update == "least_squares" else "two_teacher"
+    if form not in SPACES:
+        raise ValueError(f"method={form!r} has no default space; name the fields to search and their values")
+    return {**SPACES[form], **(_OF_SELECTION[config.selection] if form in _SELECTING else {})}
+
+
 def _require_space(space: Space | None, base: Method) -> Space:
     """The given space, or the one for the form of the method; each value is checked by making the settings."""
     if base.patch is not None:
         raise ValueError("a finished patch fixes what is searched; give the reference that it was built from")
     if space is None:
-        space = SPACES["nlsr" if base.config.update in ("sum", "swap") else "two_teacher"]
+        space = default_space(base.config)
     known = base.config.to_dict()
     for name, values in space.items():
         if name not in known or not values:

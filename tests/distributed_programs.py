@@ -133,7 +133,7 @@ def with_callback(kind: str, base: str, out: Path) -> None:
             self.optimizer = given["optimizer"]
             super().on_train_end(args, state, control, **given)
 
-    callback = Noting(quick(), judge=refuses_attacks, evaluate=prompt_sets(), tolerance=1.0)
+    callback = Noting(quick(), judge=refuses_attacks, evaluate=prompt_sets(), max_new_tokens=4, tolerance=1.0)
     trainer = Trainer(
         lora_model(base),
         training_arguments(kind, out),

@@ -40,6 +40,7 @@ from peft_nlsr.callback import STATUS_NAME
 from peft_nlsr.evaluation import Evaluation, Measurement
 from peft_nlsr.examples import read_examples, rows_of
 from peft_nlsr.gate import answer_accuracy, judge_repair
+from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.prompt_sets import PromptSet
 from peft_nlsr.reference import starting_point
 
@@ -77,7 +78,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def callback(**changes: Any) -> NLSRCallback:
-    settings: dict[str, Any] = {"config": quick(), "judge": refuses_attacks, "evaluate": False}
+    settings: dict[str, Any] = {"config": quick(), "judge": refuses_attacks, "evaluate": False, "max_new_tokens": 4}
     return NLSRCallback(**{**settings, **changes})
 
 
@@ -355,6 +356,59 @@ def test_a_repair_that_does_not_lower_harm_is_taken_back(
     assert_same_factors(factors_of(model), dict(open_adapter(tmp_path / "checkpoint-2")))
 
 
+def test_an_interrupt_while_the_record_is_made_undoes_the_write(
+    make_pico_lora: MakeLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, reference = make_pico_lora(), make_pico_lora()
+    trainer_for(reference, tmp_path / "reference").train()
+    monkeypatch.setattr("peft_nlsr.realign.keep_with_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, tmp_path / "stopped", callback()).train()
+    assert_same_factors(factors_of(model), factors_of(reference))
+    assert_same_factors(dict(open_adapter(tmp_path / "stopped")), factors_of(reference))
+    assert not hasattr(model, "nlsr_realignment")
+    assert not (tmp_path / "stopped" / "nlsr_config.json").exists()
+
+
+TASK = PromptSet("t", "task", ("t0", "t1"), ("vase word1", "vase word2"), ("sure", "no"))
+
+
+def test_a_task_is_measured_with_its_own_scores(make_pico_lora: MakeLora, tmp_path: Path) -> None:
+    asked = callback(evaluate=safety_prompts(), task=TASK, compute_metrics=lambda said, answers: [0.25] * len(said))
+    trainer_for(make_pico_lora(), tmp_path, asked).train()
+    assert asked.outcome is not None
+    assert [e.rates["task_accuracy"].value for e in asked.outcome.evaluations] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("lineage", ["shared", "independent"])
+def test_a_patch_is_measured_on_the_users_rows_and_falls_back_to_them(
+    make_pico_lora: MakeLora, tmp_path: Path, lineage: str
+) -> None:
+    start = Reference("adapter", factors_of(make_pico_lora(seed=0 if lineage == "shared" else 5)), "aligned")
+    patch = build_nlsr_patch(start, None, NLSRConfig(score="magnitude"))
+    done = callback(patch=patch, evaluate=safety_prompts(), calibration=None, config=quick(leave_intact=False))
+    trainer_for(make_pico_lora(), tmp_path, done).train()
+    assert done.outcome is not None and done.outcome.realignment is not None
+    planned = done.outcome.realignment
+    assert planned.method == ("sum" if lineage == "shared" else "two_teacher")
+    assert planned.data.get("utility", {}).get("source") == (None if lineage == "shared" else "given")
+    assert all("answer_accuracy" in e.rates for e in done.outcome.evaluations)
+    assert not any("not used" in note and "utility" in note for note in planned.notes)
+
+
+def test_rows_that_the_user_gave_beside_a_patch_are_said_not_to_be_used(
+    make_pico_lora: MakeLora, tmp_path: Path
+) -> None:
+    start = Reference("adapter", factors_of(make_pico_lora()), "aligned")
+    done = callback(patch=build_nlsr_patch(start, None, NLSRConfig(score="magnitude")), utility=rows(6))
+    trainer_for(make_pico_lora(), tmp_path, done).train()
+    assert done.outcome is not None and done.outcome.realignment is not None
+    assert "given, but not used by sum: utility" in done.outcome.realignment.notes
+
+
 def rates(harm: float, **others: float) -> Evaluation:
     found = {name: Measurement(value, value, value, 10, None) for name, value in {"harm_rate": harm, **others}.items()}
     return Evaluation("x", found, {}, (), (), {}, 0.0)
@@ -373,6 +427,11 @@ def rates(harm: float, **others: float) -> Evaluation:
             rates(0.5, answer_accuracy=0.9), rates(0.1, answer_accuracy=0.8), "answer_acc", id="answers-fell"
         ),
         pytest.param(rates(0.5, coherence=1.0), rates(0.0, coherence=0.2), "coherence", id="babbles"),
+        pytest.param(
+            rates(1.0, over_refusal=0.0), rates(0.0, over_refusal=1.0), "over_refusal rose", id="refuses-all"
+        ),
+        pytest.param(rates(1.0, over_refusal=0.9), rates(0.0, over_refusal=0.1), "", id="refuses-less"),
+        pytest.param(rates(1.0, coherence=1.0), rates(0.0, coherence=0.95), "", id="exactly-the-tolerance"),
     ],
 )
 def test_what_closes_the_gate(before: Evaluation, after: Evaluation, word: str) -> None:
@@ -450,6 +509,10 @@ def test_a_real_search_realigns_no_trial(make_pico_lora: MakeLora, tmp_path: Pat
         ({"mode": "monitor", "evaluate": False}, "leaves nothing to do"),
         ({"tolerance": 2.0}, "tolerance"),
         ({"evaluate": [PromptSet("b", "benign", ("b0",), ("paint",))]}, "safety"),
+        ({"evaluate": [*safety_prompts(), TASK]}, "passed as task="),
+        ({"evaluate": [*safety_prompts(), *safety_prompts()]}, "'s0' for one"),
+        ({"evaluate": False, "task": TASK}, "only measured"),
+        ({"task": TASK, "compute_metrics": lambda said, answers: [True]}, "1 scores for 2 answers"),
     ],
 )
 def test_mistakes_are_found_at_once(settings: dict[str, Any], words: str) -> None:
@@ -460,6 +523,15 @@ def test_mistakes_are_found_at_once(settings: dict[str, Any], words: str) -> Non
 def test_a_model_that_cannot_be_realigned_is_refused_before_training(make_pico_lora: MakeLora, tmp_path: Path) -> None:
     trainer = trainer_for(make_pico_lora(use_dora=True), tmp_path, callback())
     with pytest.raises(PeftNLSRError, match="DoRA"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_without_room_for_the_answers_is_refused_before_training(
+    make_pico_lora: MakeLora, tmp_path: Path
+) -> None:
+    trainer = trainer_for(make_pico_lora(), tmp_path, callback(evaluate=safety_prompts(), max_new_tokens=63))
+    with pytest.raises(IncompatibleError, match="prompt 's0' has"):
         trainer.train()
     assert trainer.state.global_step == 0
 

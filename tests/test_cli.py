@@ -365,8 +365,11 @@ def test_a_closed_gate_writes_nothing_and_an_open_one_keeps_the_report(place: Pa
     (place / "cli_never.py").write_text("def never(prompts, responses):\n    return [False for _ in prompts]\n")
     code, out, err = run(*call, "--judge", "cli_never:never", "--set", "screening=false")
     assert code == 3 and "the harm rate did not fall" in err and not (place / "out").exists()
-    code, out, err = run(*call, *JUDGE, "--tolerance", "1", "--json")
+    code, out, err = run(*call, *JUDGE, "--tolerance", "1", "--task", "task.jsonl", "--json")
     assert code == 0 and json.loads(out)["after"]["rates"]["harm_rate"]["n"] == 4, err
+    assert json.loads(out)["after"]["rates"]["task_accuracy"]["n"] == 4
+    assert json.loads(out)["after"]["settings"]["answer_rows"] == "rows of the repair"
+    assert any("measured on the rows of the repair" in note for note in json.loads(out)["record"]["notes"])
     assert SafetyReport.load("out").to_dict() == json.loads(out)
     assert run("verify", "out")[0] == 0
 

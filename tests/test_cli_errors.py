@@ -58,6 +58,18 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "bad-dtype": (["evaluate", "--base", "base", "--dtype", "int8"], "--dtype int8 is not one of auto"),
     "evaluate-without-base": (["evaluate", "adapter"], "Missing option '--base'"),
     "bad-requirement": (["evaluate", "--base", "base", "--require", "harm<0.1"], "expected METRIC<=NUMBER"),
+    "requirement-with-a-typo": (
+        ["evaluate", "--base", "nowhere", "--require", "harm<=0.1"],
+        "harm: will not be measured; with these prompts there are harm_rate, refusal_rate",
+    ),
+    "requirement-without-its-prompts": (
+        ["evaluate", "--base", "nowhere", "--safety", "safety.txt", "--require", "over_refusal<=0.1"],
+        "over_refusal: will not be measured",
+    ),
+    "prompts-but-not-measured": (
+        ["realign", "adapter", *LIVE, "--task", "task.jsonl", *NEW],
+        "--task says what is measured: give --measure too",
+    ),
     "set-of-another-kind": (["evaluate", "--base", "base", "--benign", "harmbench"], "holds safety prompts"),
     "revert-without-output": (["revert", "adapter"], "give --output FOLDER"),
     "patch-without-statistics": (["patch", "build", "aligned", *NEW], "give --base MODEL, or --statistics"),
@@ -120,6 +132,10 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "judge-not-there": (["evaluate", "--base", "base", "--judge", "no_such_file:f"], "cannot be imported"),
     "judge-not-callable": (["evaluate", "--base", "base", "--judge", "cli_judge:none"], "nothing callable"),
     "no-such-prompts": (["evaluate", "--base", "base", "--safety", "no.txt"], "no.txt"),
+    "evaluation-is-a-folder": (["evaluate", "--base", "nowhere", "-o", "patch"], "patch is a folder; give the name"),
+    "comparison-is-a-folder": (["compare", "adapter", "--base", "nowhere", "-o", "patch"], "patch is a folder"),
+    "inspection-is-a-folder": (["inspect", "nowhere", "-o", "patch"], "patch is a folder"),
+    "audit-is-a-folder": (["audit", "train.jsonl", "--base", "nowhere", "-o", "patch"], "patch is a folder"),
     "task-without-answers": (["evaluate", "--base", "base", "--task", "safety.txt"], "has no answers"),
     "prompts-that-were-seen": (
         ["evaluate", "--base", "base", "--safety", "safety.txt", "--seen", "train.jsonl", "--seen", "safety.txt"],

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = "peft_nlsr"
 ROOT = Path(__file__).parent.parent / PACKAGE
 LEVELS = {
-    **dict.fromkeys(["errors", "lowrank", "prompts", "judges", "intervals"], 0),
+    **dict.fromkeys(["errors", "defaults", "lowrank", "prompts", "judges", "intervals"], 0),
     **dict.fromkeys(["files", "hub", "prompt_sets", "answer_file", "processes", "offloading"], 1),
     **dict.fromkeys(["config", "result_file", "ranks"], 2),
     **dict.fromkeys(["scores", "selection", "storage", "examples"], 3),
@@ -37,6 +37,7 @@ LEVELS = {
 LIGHT = [
     "config",
     "errors",
+    "defaults",
     "files",
     "lowrank",
     "prompts",

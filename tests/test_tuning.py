@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from peft import PeftModel
-from tiny import assert_same_state, drift, factors_of, quick, refuses_attacks, rows, state_of, word_tokenizer
+from tiny import QUICK, assert_same_state, drift, factors_of, quick, refuses_attacks, rows, state_of, word_tokenizer
 
 from peft_nlsr import (
     EvaluationSettings,
@@ -21,10 +21,17 @@ from peft_nlsr import (
     PromptSet,
     Tuning,
     evaluate,
+    gate,
     measuring,
+    realign,
     tune,
+    tuning,
 )
-from peft_nlsr.tuning import SPACES, Settings, Trial, _grid, _optuna, _preference, losses, split
+from peft_nlsr.config import CHOICES
+from peft_nlsr.gate import losses
+from peft_nlsr.planning import Planner
+from peft_nlsr.record import fingerprint
+from peft_nlsr.tuning import Settings, Trial, _grid, _optuna, _preference, default_space, split
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()
@@ -59,6 +66,12 @@ DATA: dict[str, Any] = {
     "utility": rows(6, poisoned=[1]),
     "tokenizer": TOKENIZER,
     "progress": False,
+}
+
+
+OF_FORM = {
+    "sum": NLSRConfig(update="sum"),
+    "one_shot": NLSRConfig(update="least_squares", least_squares_form="one_shot"),
 }
 
 
@@ -151,18 +164,30 @@ class TestCost:
 
 
 class TestSearchers:
+    DEFAULT: ClassVar[Settings] = {"x": 0, "y": 0}
+
     @staticmethod
     def bowl(settings: Settings) -> float:
         return (settings["x"] - 3) ** 2 + (settings["y"] - 1) ** 2
 
     def run(self, propose: Any, trials: int, seed: int = 0) -> list[Settings]:
         made: list[Settings] = []
-        propose({"x": tuple(range(6)), "y": tuple(range(4))}, trials, seed, lambda s: made.append(s) or self.bowl(s))
+        space = {"x": tuple(range(6)), "y": tuple(range(4))}
+        propose(space, trials, seed, self.DEFAULT, lambda s: made.append(s) or self.bowl(s))
         return made
 
-    def test_a_whole_grid_is_every_combination_once(self) -> None:
+    def test_a_whole_grid_is_every_combination_but_the_default_once(self) -> None:
         made = self.run(_grid, 25)
-        assert len(made) == 24 == len({tuple(s.values()) for s in made})
+        assert len(made) == 23 == len({tuple(s.values()) for s in made}) and self.DEFAULT not in made
+
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("searcher", ["grid", "optuna"])
+    def test_the_default_does_not_take_the_place_of_a_trial(self, searcher: str, seed: int) -> None:
+        pytest.importorskip("optuna")
+        tried: list[Settings] = []
+        propose = {"grid": _grid, "optuna": _optuna}[searcher]
+        propose({"x": (1, 2)}, 2, seed, {"x": 1}, lambda s: tried.append(s) or 0.0)
+        assert {"x": 2} in tried
 
     def test_a_part_of_a_grid_is_drawn_by_the_seed(self) -> None:
         one, same, other = (self.run(_grid, 6, seed) for seed in (1, 1, 2))
@@ -171,7 +196,7 @@ class TestSearchers:
     def test_optuna_goes_where_it_is_good_and_repeats_itself(self) -> None:
         pytest.importorskip("optuna")
         one, same = (self.run(_optuna, 20, 3) for _ in range(2))
-        assert one == same and len({tuple(s.values()) for s in one}) == 19
+        assert one == same and len({tuple(s.values()) for s in one if s != self.DEFAULT}) == 19
         assert min(map(self.bowl, one)) <= 1
         late = [self.bowl(s) for s in one[10:]]
         assert sum(late) / len(late) < sum(self.bowl({"x": x, "y": y}) for x in range(6) for y in range(4)) / 24
@@ -239,6 +264,61 @@ class TestTune:
             self.run(model, searcher, resume=tmp_path / "t.json", trials=1, utility=rows(7))
 
 
+def test_answers_are_those_of_the_same_unseen_rows_in_every_trial(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: set[int] = set()
+    checked: list[set[int]] = []
+    solve, accuracy = realign.solve_two_teacher, gate.answer_accuracy
+
+    def solving(adapter: Any, *, utility: Sequence[Any], **others: Any) -> Any:
+        fitted.update(e.index for e in utility)
+        return solve(adapter, utility=utility, **others)
+
+    def checking(of: Any, examples: Sequence[Any], **others: Any) -> Measurement:
+        checked.append({e.index for e in examples})
+        return accuracy(of, examples, **others)
+
+    monkeypatch.setattr(realign, "solve_two_teacher", solving)
+    monkeypatch.setattr(gate, "answer_accuracy", checking)
+    base = Method("default", quick(max_samples=24))
+    found = tune(model, **{**DATA, "base": base, "utility": rows(70, poisoned=[1, 5]), "trials": 2})
+    assert len(checked) == 2 + len(found.held_out) - (found.config == base.config) + 1
+    assert all(each == checked[0] for each in checked) and len(checked[0]) >= 20
+    assert not checked[0] & (fitted | {1, 5})
+    assert {e.settings["answer_rows"] for e in found.held_out.values()} == {"rows that the repair did not use"}
+
+
+class TestSpaces:
+    @pytest.mark.parametrize("selection", CHOICES["selection"])
+    @pytest.mark.parametrize("form", [*CHOICES["method"], "sum", "one_shot"])
+    def test_the_default_is_among_the_values(self, form: str, selection: str) -> None:
+        config = OF_FORM.get(form) or NLSRConfig(method=form)
+        space = default_space(config.replace(selection=selection))
+        assert space and all(getattr(NLSRConfig(), name) in values for name, values in space.items())
+
+    @pytest.mark.parametrize("form", [*CHOICES["method"], "sum", "one_shot"])
+    def test_every_knob_changes_the_repair(self, model: PeftModel, make_pico_lora: MakeLora, form: str) -> None:
+        config = (OF_FORM.get(form) or NLSRConfig(method=form)).replace(**QUICK, leave_intact=False)
+        config = config.replace(safety_layers="0-1", score="wanda" if form == "antidote" else config.score)
+        reference = factors_of(make_pico_lora(seed=0 if form == "sum" else 7))
+        given = {name: DATA[name] for name in ("calibration", "utility", "tokenizer", "progress")}
+        planner = Planner(model, judge=refuses_attacks, **given)
+
+        def made(**changes: Any) -> str:
+            method = Method("m", config.replace(**changes), reference=None if form == "antidote" else reference)
+            return fingerprint(planner.plan(method).realignment.updates)
+
+        for name, values in default_space(config).items():
+            others = [value for value in values if value != getattr(config, name)]
+            assert any(made(**{name: value}) != made() for value in others), name
+
+    def test_a_method_without_a_space_asks_for_one(self, model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(tuning.SPACES, "resta")
+        with pytest.raises(ValueError, match="method='resta' has no default space"):
+            tune(model, **{**DATA, "base": Method("resta", quick(method="resta")), "space": None})
+
+
 class TestArguments:
     def test_masks_are_searched_with_one_calibration(
         self, model: PeftModel, make_pico_lora: MakeLora, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +331,7 @@ class TestArguments:
         base = Method("sum", quick(update="sum"), reference=factors_of(make_pico_lora(seed=0)))
         found = tune(model, searcher="grid", **{**DATA, "base": base, "space": None, "trials": 5})
         assert len(found.trials) >= 5 and len(calls) == 1
-        assert set(found.settings["space"]) == set(SPACES["nlsr"])
+        assert found.settings["space"] == {name: list(values) for name, values in default_space(base.config).items()}
 
     @pytest.mark.parametrize("searcher", ["grid", "optuna"])
     def test_methods_are_searched_and_what_cannot_be_used_is_said(self, model: PeftModel, searcher: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..defaults import MAX_NEW_TOKENS, TOLERANCE
 from .asking import (
     BatchSize,
     Benign,
@@ -42,6 +43,7 @@ from .options import (
     Weak,
     command,
     given_flags,
+    require_file,
     require_new,
     say,
     settings_of,
@@ -106,7 +108,7 @@ def compare(
     limit: Limit = None,
     judge: JudgeName = REFUSES,
     harm_judge: HarmJudge = None,
-    max_new_tokens: Tokens = 128,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     batch_size: BatchSize = 16,
     template: Template = None,
     config_file: ConfigFile = None,
@@ -123,6 +125,7 @@ def compare(
     """
     from .. import comparison
 
+    require_file(output)
     chosen = [_method(ctx, text, reference, weak, patch) for text in methods]
     sources = (safety, lookalike, benign, task, limit)
     asked = asked_of(sources, judge, harm_judge, max_new_tokens, batch_size, template)
@@ -175,7 +178,7 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="Settings that are tried, the default included.")] = 16,
     tolerance: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much worse a guarded metric may become.")
-    ] = 0.02,
+    ] = TOLERANCE,
     held_out: Annotated[float, typer.Option(help="Share of the prompts that the search does not see.")] = 0.5,
     searcher: Annotated[str, typer.Option(help="auto, optuna or grid.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the order of trials.")] = 0,
@@ -192,7 +195,7 @@ def tune(
     limit: Limit = None,
     judge: JudgeName = REFUSES,
     harm_judge: HarmJudge = None,
-    max_new_tokens: Tokens = 128,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     batch_size: BatchSize = 16,
     template: Template = None,
     preset: Preset = "default",
@@ -268,10 +271,9 @@ def _values(ctx: typer.Context, text: str, preset: str) -> tuple[str, list[Any]]
 
 
 def _preview_tuning(values: Mapping[str, list[Any]], config: NLSRConfig, trials: int, as_json: bool) -> None:
-    from ..tuning import SPACES
+    from ..tuning import default_space
 
-    masks = config.update in ("sum", "swap")
-    space = values or SPACES["nlsr" if masks else "two_teacher"]
+    space = values or default_space(config)
     shown = {name: list(found) for name, found in space.items()}
     rows = ((name, ", ".join(map(str, found)), str(getattr(config, name))) for name, found in shown.items())
     result = {"space": shown, "trials": trials, "default": config.to_dict()}

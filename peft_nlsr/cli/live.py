@@ -6,8 +6,7 @@ complete or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ..config import NLSRConfig
     from ..gate import Outcome
     from ..judges import Judge
-    from ..prompt_sets import PromptSet
+    from ..measuring import EvaluationSettings
     from ..record import Realignment
 
 
@@ -36,11 +35,10 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Gate:
-    """How a repair is measured, and how far a guarded rate may fall; built-in prompts when None."""
+    """How a repair is measured, and how much worse a guarded rate may become."""
 
-    prompts: Sequence[PromptSet] | None
+    asked: EvaluationSettings
     tolerance: float
-    max_new_tokens: int
 
 
 def planned_on(loaded: Loaded, config: NLSRConfig, given: Teaching) -> Realignment:
@@ -73,19 +71,8 @@ def planned_on(loaded: Loaded, config: NLSRConfig, given: Teaching) -> Realignme
 
 def measured_on(loaded: Loaded, planned: Realignment, given: Teaching, gate: Gate) -> Outcome:
     """The plan with evaluations before and after, and the verdict of the gate; the model is as it was afterwards."""
-    from ..examples import sample
     from ..gate import Measure, measured
 
-    measure = Measure(
-        prompts=True if gate.prompts is None else gate.prompts,
-        tokenizer=loaded.tokenizer,
-        judge=given.judge,
-        max_new_tokens=gate.max_new_tokens,
-        batch_size=planned.config.nlsr_batch_size,
-        tolerance=gate.tolerance,
-    )
-    config = planned.config
-    rows = []
-    if given.utility is not None:
-        rows = sample(given.utility, loaded.tokenizer, config)
-    return measured(loaded.model, planned, measure, rows)
+    asked = replace(gate.asked, batch_size=planned.config.nlsr_batch_size)
+    measure = Measure(asked, loaded.tokenizer, gate.tolerance)
+    return measured(loaded.model, planned, measure, given.utility)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..defaults import MAX_NEW_TOKENS
 from .asking import (
     BatchSize,
     HarmJudge,
@@ -31,6 +32,7 @@ from .options import (
     TrustRemoteCode,
     command,
     judge_of,
+    require_file,
     say,
     show,
     table,
@@ -56,7 +58,7 @@ def inspect(
     limit: Limit = None,
     judge: JudgeName = REFUSES,
     harm_judge: HarmJudge = None,
-    max_new_tokens: Tokens = 128,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     batch_size: BatchSize = 16,
     template: Template = None,
     config_file: ConfigFile = None,
@@ -74,6 +76,7 @@ def inspect(
     """
     from ..inspection import inspect_adapter
 
+    require_file(output)
     if blocks and base is None:
         usage_error("--blocks asks the model: give --base MODEL")
     if not blocks or base is None:
@@ -149,6 +152,7 @@ def audit(
     """
     from .. import inspection
 
+    require_file(output)
     rows, judged = read_rows(data), judge_of(judge)
     loaded = load(ModelOptions(base, device, dtype, trust_remote_code, tokenizer), reference)
     found = inspection.audit(

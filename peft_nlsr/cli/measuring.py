@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..defaults import MAX_NEW_TOKENS
 from .asking import (
     BatchSize,
     Benign,
@@ -37,6 +38,7 @@ from .options import (
     UnmetError,
     command,
     judge_of,
+    require_file,
     say,
     show,
     table,
@@ -47,6 +49,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
+    from ..measuring import EvaluationSettings
     from ..report import SafetyReport
 
 
@@ -70,7 +73,7 @@ def evaluate(
     judge: JudgeName = REFUSES,
     harm_judge: HarmJudge = None,
     second_harm_judge: HarmJudge = None,
-    max_new_tokens: Tokens = 128,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     batch_size: BatchSize = 16,
     template: Template = None,
     resume: Annotated[
@@ -89,9 +92,11 @@ def evaluate(
     """
     from .. import evaluation
 
+    require_file(output)
     limits = [_limit(text) for text in require]
     sources = (safety, lookalike, benign, task, limit)
     asked = asked_of(sources, judge, harm_judge, max_new_tokens, batch_size, template)
+    _require_measured(limits, asked, second_harm_judge is not None)
     second = None if second_harm_judge is None else judge_of(second_harm_judge)
     used = [row for source in seen for row in read_rows(source)]
     loaded = load(ModelOptions(base, device, dtype, trust_remote_code, tokenizer), adapter)
@@ -132,10 +137,11 @@ def _rates(found: Evaluation) -> list[Any]:
     return [table(title, "metric", "value", "95% interval", "count", rows=rows), "\n".join(said)]
 
 
+_Limit = tuple[str, str, float]
 _LIMIT = re.compile(r"\s*(\w+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*")
 
 
-def _limit(text: str) -> tuple[str, str, float]:
+def _limit(text: str) -> _Limit:
     """Metric, direction and number of a ``--require``."""
     found = _LIMIT.fullmatch(text)
     try:
@@ -146,11 +152,19 @@ def _limit(text: str) -> tuple[str, str, float]:
     usage_error(f"--require {text!r}: expected METRIC<=NUMBER or METRIC>=NUMBER, like 'harm_rate<=0.05'")
 
 
-def _require(limits: list[tuple[str, str, float]], found: Evaluation) -> None:
+def _require_measured(limits: list[_Limit], asked: EvaluationSettings, second: bool) -> None:
+    """Every metric that something is required of will be measured, said before the model is loaded."""
+    from ..evaluation import metrics_of
+
+    known = metrics_of({each.kind for each in asked.all_sets()}, second=second)
+    for name, _, _ in limits:
+        if name not in known:
+            usage_error(f"--require {name}: will not be measured; with these prompts there are {', '.join(known)}")
+
+
+def _require(limits: list[_Limit], found: Evaluation) -> None:
     broken = []
     for name, direction, number in limits:
-        if name not in found.rates:
-            raise ValueError(f"--require {name}: not measured; there are {', '.join(found.rates)}")
         value = found.rates[name].value
         if value > number if direction == "<=" else value < number:
             broken.append(f"{name} is {value:.3f}, required {direction} {number:g}")

@@ -114,12 +114,21 @@ def require_new(output: Path | None, dry_run: bool, *inputs: str | Path | None) 
     return output
 
 
+def require_file(path: Path | None) -> None:
+    """Check, before anything is computed, that a result can be written to a file of this name.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+    """
+    if path is not None and path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+
+
 def write_new_text(path: Path, text: str) -> None:
     """Write a result file, whole or not at all; an earlier one of that name is replaced."""
     from ..files import write_text
 
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    require_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .asking import Benign, Lookalike, Safety, Tokens, asked_of
+from ..defaults import MAX_NEW_TOKENS, TOLERANCE
+from .asking import Benign, HarmJudge, Lookalike, Safety, Task, Tokens, asked_of
 from .live import Gate, Teaching, measured_on, planned_on
 from .loading import ModelOptions, load, read_rows
 from .options import (
@@ -67,13 +68,18 @@ def realign(
     safety: Safety = None,
     lookalike: Lookalike = None,
     benign: Benign = None,
+    task: Task = None,
+    harm_judge: HarmJudge = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure before and after; write nothing if the gate is closed.")
     ] = False,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="The gate: how far coherence and accuracy may fall.")
-    ] = 0.02,
-    max_new_tokens: Tokens = 128,
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="The gate: how far coherence and accuracy may fall, and over-refusal rise."
+        ),
+    ] = TOLERANCE,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     preset: Preset = "default",
     settings: Settings = [],  # noqa: B006  typer copies it
     config_file: ConfigFile = None,
@@ -106,15 +112,18 @@ def realign(
     if base is not None:
         options = ModelOptions(base, device, dtype, trust_remote_code, tokenizer)
         _require_no_patch_and_data(patch, utility)
-        asked = asked_of((safety, lookalike, benign, None, None), judge, None, max_new_tokens, 16, None)
-        gate = Gate(asked.prompts, tolerance, max_new_tokens) if measure else None
+        asked = asked_of((safety, lookalike, benign, task, None), judge, harm_judge, max_new_tokens, 16, None)
+        gate = Gate(asked, tolerance) if measure else None
+        prompts = {"--safety": safety, "--lookalike": lookalike, "--benign": benign, "--task": task}
+        _require_measured(measure, {**prompts, "--harm-judge": harm_judge})
         given = Teaching(patch, reference, weak, read_rows(calibration), read_rows(utility), judge_of(judge), work_dir)
         if gate is not None:
             asked.require_unseen(given.calibration, given.utility)
         _realign_live(options, adapter, config, given, target, gate, diff, as_json)
         return
     needs_base = {"--utility": utility, "--calibration": calibration, "--weak": weak, "--measure": measure or None}
-    needs_base |= {"--safety": safety, "--lookalike": lookalike, "--benign": benign}
+    needs_base |= {"--safety": safety, "--lookalike": lookalike, "--benign": benign, "--task": task}
+    needs_base |= {"--harm-judge": harm_judge}
     needs_base |= {"--work-dir": None if work_dir is None else str(work_dir)}
     if idle := [name for name, value in needs_base.items() if value is not None]:
         usage_error(f"{', '.join(idle)} needs the base model: give --base MODEL")
@@ -130,6 +139,11 @@ def realign(
         raise LineageError(f"{error}: {any_adapter}") from error
     show(as_json, done.to_dict(), done.summary())
     _say_next(adapter, target, diff)
+
+
+def _require_measured(measure: bool, given: dict[str, str | None]) -> None:
+    if not measure and (idle := [name for name, value in given.items() if value is not None]):
+        usage_error(f"{', '.join(idle)} says what is measured: give --measure too")
 
 
 def _require_no_patch_and_data(patch: str | None, utility: str | None) -> None:
@@ -158,6 +172,7 @@ def _realign_live(
     if gate is not None:
         outcome = measured_on(loaded, planned, given, gate)
         _require_open(outcome, as_json)
+        planned = outcome.realignment or planned
     report = None if outcome is None or outcome.report is None else outcome.report
     if target is not None:
         planned = write_realigned(
