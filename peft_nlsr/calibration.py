@@ -6,7 +6,6 @@ pre-hook on the LoRA layer, ``z = A x`` is computed here, so variants that bypas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .blocks import Factors, capture, find_blocks, playing, prove_chain, require
 from .config import NLSRConfig
 from .edits import masked
 from .errors import CalibrationError, CorruptFileError, IncompatibleError, UnsupportedAdapterError
-from .files import read_json
+from .files import read_json, write_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
@@ -82,8 +81,7 @@ class SafetyStatistics(Mapping[str, ModuleStatistics]):
         write_tensors(
             folder / TENSORS_NAME, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.__getitem__
         )
-        text = json.dumps({**self.record, "modules": counts}, indent=2, sort_keys=True)
-        (folder / RECORD_NAME).write_text(text + "\n", "utf-8")
+        write_json(folder / RECORD_NAME, {**self.record, "modules": counts})
 
     @classmethod
     def load(cls, folder: str | Path) -> SafetyStatistics:
