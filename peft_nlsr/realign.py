@@ -235,7 +235,10 @@ def choose_method(
     try:
         decide(adapter, patch, config)
     except LineageError:
-        return "two_teacher", "a patch was given, but the adapter was not trained from its reference or was realigned since"
+        return (
+            "two_teacher",
+            "a patch was given, but the adapter was not trained from its reference or was realigned since",
+        )
     return "sum", "a patch was given and the adapter was trained from its reference"
 
 

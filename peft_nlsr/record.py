@@ -115,7 +115,7 @@ class Realignment:
         return {
             "schema_version": SCHEMA_VERSION,
             **plain,
-            "preset": self.config.preset,
+            "preset": self.config.preset_label,
             "modules": [asdict(m) for m in self.modules],
             "truncation_norm": self.truncation_norm,
             "notes": list(self.notes),
@@ -128,7 +128,7 @@ class Realignment:
         """A few lines for people: what was chosen, why, how much changed and what to know."""
         changes = [m.relative_change for m in self.modules if m.restored and m.relative_change is not None]
         lines = [
-            f"{self.method} ({self.reason}); preset {self.config.preset}",
+            f"{self.method} ({self.reason}); preset {self.config.preset_label}",
             f"reference: {self.reference}",
             f"{len(self.restored)} of {len(self.modules)} modules changed, median relative change "
             f"{statistics.median(changes) if changes else 0.0:.3f}",

@@ -23,7 +23,6 @@ from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text
-from .hub import CARD_NAME
 from .record import DIFF_NAME, Diff, fingerprint, versions
 from .report import REPORT_NAME, SafetyReport
 

@@ -250,7 +250,9 @@ LIVE: dict[str, tuple[Callable[[World], None], type[Exception], str]] = {
     "patch-of-another-lineage-for-sum": (
         independent_patch,
         LineageError,
-        wordy("of 6 modules", "cosine -?0", "at least 0.5", "not trained from the reference", "update='least_squares'"),
+        wordy(
+            "of 6 modules", "cosine -?0", "at least 0.5", "not trained from the reference", "update='least_squares'"
+        ),
     ),
     "reference-of-another-lineage-for-sum": (
         independent_reference,

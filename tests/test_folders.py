@@ -184,7 +184,7 @@ def test_the_output_holds_adapter_settings_record_and_diff(tmp_path: Path, make:
     assert NLSRConfig.from_pretrained(tmp_path / "out") == EDITS["paper"]
     assert content["record"]["fingerprint_before"] == fingerprint(open_adapter(adapter))
     assert content["record"]["fingerprint_after"] == fingerprint(open_adapter(tmp_path / "out"))
-    assert content["record"]["preset"] == "paper"
+    assert content["record"]["preset"] == "paper, 1 setting changed"
     assert set(load_file(tmp_path / "out" / DIFF_NAME)) == {f"{n}.{f}" for n in done.restored for f in "AB"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"kept": true}'
 

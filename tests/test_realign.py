@@ -325,7 +325,9 @@ def test_an_adapter_trained_on_after_a_repair_is_not_repaired_by_entries_again(
     nlsr_realign(tuned, config, **given)
     drift(tuned, size=0.01)
     before = state_of(tuned)
-    with pytest.raises(LineageError, match=r"[23] of 6 modules .*\(first model\.layers\..*realigned before.*revert it"):
+    with pytest.raises(
+        LineageError, match=r"[23] of 6 modules .*\(first model\.layers\..*realigned before.*revert it"
+    ):
         nlsr_realign(tuned, config, **given)
     assert_same_state(state_of(tuned), before)
     config, given = call("two_teacher", inputs)
