@@ -507,7 +507,7 @@ def edit_record(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 def test_damaged_statistics_are_an_error_of_the_family(make_pico_lora: MakeLora, tmp_path: Path, damage: str) -> None:
     collect(make_pico_lora(), [pad(ROWS)]).save(tmp_path / "statistics")
     DAMAGES[damage](tmp_path / "statistics")
-    with pytest.raises(PeftNLSRError, match="statistics.*collect"):
+    with pytest.raises(PeftNLSRError, match=r"statistics.*collect"):
         SafetyStatistics.load(tmp_path / "statistics")
 
 

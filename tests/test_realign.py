@@ -349,7 +349,7 @@ def test_single_modules_of_another_lineage_are_noted(lineage: dict[str, float | 
 
 @pytest.mark.parametrize("cosines", [[0.1] * 3 + [0.9] * 17, [0.1, None, None], [None], []], ids=str)
 def test_more_than_a_tenth_of_another_lineage_is_refused(cosines: list[float | None]) -> None:
-    with pytest.raises(LineageError, match="entries of A and B cannot be exchanged.*update='least_squares'"):
+    with pytest.raises(LineageError, match=r"entries of A and B cannot be exchanged.*update='least_squares'"):
         require_shared_lineage({f"m{i}": cosine for i, cosine in enumerate(cosines)})
 
 

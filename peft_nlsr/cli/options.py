@@ -194,7 +194,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def settings_of(ctx: typer.Context, preset: str, assignments: Iterable[str]) -> NLSRConfig:
     """The preset, changed by the settings file, changed by ``--set``.
 
-    A file that names a preset was made from it; its settings under the name of another one would say what they are not.
+    A file that names a preset is refused with another one, under whose name its settings would not be true.
     """
     from ..config import NLSRConfig
 
