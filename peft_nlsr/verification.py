@@ -141,7 +141,7 @@ def _record(folder: _Folder) -> str:
     if record is None:
         raise PeftNLSRError(f"no record of a realignment in {CONFIG_NAME}; realign the adapter to get one")
     config = NLSRConfig.from_dict(read_json(folder.home / CONFIG_NAME)["config"])
-    if config.preset != record["preset"]:
+    if config.preset != record["preset"].partition(",")[0]:  # its count of changes depends on the version
         raise CorruptFileError(f"the settings are of preset {config.preset}, the record says {record['preset']}")
     return f"realigned by {record['method']}, preset {record['preset']}"
 
