@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
-from .hub import is_hub_id
+from .hub import CARD_NAME, is_hub_id
 from .lowrank import LowRank, zero_like
 from .offloading import bring_in
 from .storage import Spec, TensorFile, replace_folder, require_finite, write_tensors
@@ -402,7 +403,7 @@ def open_adapter(source: Any, *, adapter_name: str | None = None, revision: str 
     """The adapter of a model in memory, of a local folder, or of a Hub repository.
 
     Args:
-        source: a model, a folder, or a Hub id; from the Hub only the adapter's two files are downloaded.
+        source: a model, a folder, or a Hub id, whose files are downloaded as :func:`download_adapter` does.
         adapter_name: which adapter of a model; for files, a sub-folder, as PEFT saves named adapters.
         revision: branch, tag or commit of a Hub repository.
     """
@@ -412,19 +413,30 @@ def open_adapter(source: Any, *, adapter_name: str | None = None, revision: str 
     if isinstance(source, nn.Module):
         return LiveAdapter(source, adapter_name)
     subfolder = "" if adapter_name in (None, "default") else str(adapter_name)
-    folder = Path(source) if local else _download(str(source), subfolder, revision)
-    return AdapterFolder(folder / subfolder, adapter_name=adapter_name or "default")
+    home = Path(source) / subfolder if local else download_adapter(str(source), subfolder, revision)
+    return AdapterFolder(home, adapter_name=adapter_name or "default")
 
 
-def _download(repo_id: str, subfolder: str, revision: str | None) -> Path:
-    """A local folder with the adapter's two files, both of one commit."""
+def download_adapter(repo_id: str, subfolder: str = "", revision: str | None = None) -> Path:
+    """The folder with an adapter from the Hub: weights, text files (tokenizer, card, the record of a realignment) and
+    the undo, all of one commit; other folders (checkpoints, other adapters) and pickles stay there.
+
+    Raises:
+        PeftNLSRError: no such repository or revision, or the Hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    prefix = f"{subfolder}/" if subfolder else ""
-    files = [prefix + CONFIG_FILE, prefix + WEIGHTS_FILE]
+    prefix = f"{glob.escape(subfolder)}/" if subfolder else ""
+    wanted = [WEIGHTS_FILE, "nlsr_*.safetensors", *(f"*{suffix}" for suffix in sorted(_COPIED_SUFFIXES))]
+    above = [CARD_NAME] if subfolder else []  # where PEFT writes the card of named adapters
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=[*above, *(prefix + name for name in wanted)],
+            ignore_patterns=[f"{prefix}[!.]*/*"],  # a * matches / too; .eval_results lies beside the weights
+        )
     except HFValidationError as error:
         raise PeftNLSRError(f"{repo_id!r} is neither an existing folder nor a Hub id. Check the path.") from error
     except (HfHubHTTPError, OSError) as error:
@@ -432,6 +444,7 @@ def _download(repo_id: str, subfolder: str, revision: str | None) -> Path:
             f"{repo_id!r} is not an existing folder and its adapter could not be downloaded from the Hub ({error}). "
             "Check the name, the access token and the network, or download it first and give the folder."
         ) from error
+    return Path(found) / subfolder
 
 
 def _refuse(feature: str, where: str, advice: str) -> NoReturn:

@@ -6,7 +6,6 @@ pre-hook on the LoRA layer, ``z = A x`` is computed here, so variants that bypas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from .adapters import LiveAdapter
 from .blocks import Factors, capture, find_blocks, playing, prove_chain, require_active, run_block
 from .config import NLSRConfig
 from .edits import masked
-from .errors import CalibrationError, CorruptFileError, IncompatibleError, UnsupportedAdapterError
-from .files import read_json
+from .errors import CalibrationError, CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
+from .files import read_json, write_json
 from .generation import quiet
 from .gradients import gradient_sums
 from .lowrank import LowRank
@@ -82,13 +81,19 @@ class SafetyStatistics(Mapping[str, ModuleStatistics]):
         write_tensors(
             folder / TENSORS_NAME, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.__getitem__
         )
-        text = json.dumps({**self.record, "modules": counts}, indent=2, sort_keys=True)
-        (folder / RECORD_NAME).write_text(text + "\n", "utf-8")
+        write_json(folder / RECORD_NAME, {**self.record, "modules": counts})
 
     @classmethod
     def load(cls, folder: str | Path) -> SafetyStatistics:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PeftNLSRError: the folder holds no statistics; CorruptFileError: they are damaged, or of another version.
+        """
         folder = Path(folder)
+        for name in (RECORD_NAME, TENSORS_NAME):
+            if not (folder / name).is_file():
+                raise PeftNLSRError(f"{folder} holds no statistics: it has no {name}; collect them with `calibrate`")
         record = read_json(folder / RECORD_NAME)
         if record.get("schema_version") != SCHEMA_VERSION:
             raise CorruptFileError(
@@ -96,8 +101,14 @@ class SafetyStatistics(Mapping[str, ModuleStatistics]):
                 f"{SCHEMA_VERSION}"
             )
         file = TensorFile(folder / TENSORS_NAME)
-        counts = record.pop("modules")
-        return cls({name: _statistics_from(file, name, count) for name, count in counts.items()}, record)
+        try:
+            counts = record.pop("modules")
+            return cls({name: _statistics_from(file, name, count) for name, count in counts.items()}, record)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(
+                f"{TENSORS_NAME} and {RECORD_NAME} in {folder} do not belong together, or lack a part ({error}); copy "
+                "both again, or collect the statistics again"
+            ) from error
 
 
 def _tensors_of(statistics: ModuleStatistics) -> dict[str, Tensor]:

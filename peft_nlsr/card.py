@@ -48,6 +48,7 @@ PICTURES = {
     "before_after.png": "Rates before and after, with 95% intervals",
     "pareto.png": "Harm against cost, controls included",
 }
+PICTURE_FILES = tuple(f"{name.removesuffix('.png')}.{kind}" for name in PICTURES for kind in ("png", "svg"))
 _OURS = "peft-nlsr"  # dataset type of this section's results in the model index
 _SAFETY = ("harm_rate", "refusal_rate")
 _HEADLINES = {

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .adapters import WEIGHTS_FILE, AdapterFolder, factor_keys, natural_order
 from .edits import EXACT_SVD_SIDE
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
-from .files import read_json
+from .files import read_json, write_json
 from .lowrank import LowRank
 from .storage import Spec, TensorFile, replace_folder, require_finite, write_tensors
 
@@ -536,7 +536,6 @@ def _write(output: Path, record: CheckpointRecord, unfinished: Path) -> None:
             base_model_name_or_path=record.base,
             inference_mode=True,
         ).save_pretrained(str(folder))
-        text = json.dumps(record.to_dict(), indent=2, sort_keys=True)
-        (folder / RECORD_NAME).write_text(text + "\n", "utf-8")
+        write_json(folder / RECORD_NAME, record.to_dict())
 
     replace_folder(output, fill)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .adapters import WEIGHTS_FILE, AdapterFolder, at_rank, fit_factors
-from .card import PICTURES, stale_card, update_card
+from .card import PICTURE_FILES, PICTURES, stale_card, update_card
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
@@ -30,7 +30,7 @@ from .report import REPORT_NAME, SafetyReport
 logger = logging.getLogger(__name__)
 
 # Beside the weights that they speak of; the card, which speaks of them too, may lie one folder up.
-CLAIM_FILES = (CONFIG_NAME, REPORT_NAME, DIFF_NAME, RESULTS_NAME, *PICTURES)
+CLAIM_FILES = (CONFIG_NAME, REPORT_NAME, DIFF_NAME, RESULTS_NAME, *PICTURE_FILES)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -256,7 +256,7 @@ def _withdraw(folder: Path, adapter_name: str) -> bool:
     elif claimed:
         write_json(path, {key: value for key, value in content.items() if key != "record"})
     if claimed:
-        for name in (REPORT_NAME, DIFF_NAME, *PICTURES):
+        for name in (REPORT_NAME, DIFF_NAME, *PICTURE_FILES):
             (folder / name).unlink(missing_ok=True)
         _write_results(folder, None)
     return _withdraw_card(readme_of(folder, adapter_name), adapter_name) or claimed

@@ -215,6 +215,24 @@ class NLSRConfig:
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def changed_settings(self) -> dict[str, Any]:
+        """The settings that differ from those of the preset that these started from."""
+        preset = NLSRConfig.from_preset(self.preset)
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if value != getattr(preset, name)}
+
+    @property
+    def preset_label(self) -> str:
+        """The preset, and how many settings were changed since; ``update`` where the preset left it open is none.
+
+        Example:
+            >>> NLSRConfig.from_preset("paper", sparsity=0.7).preset_label
+            'paper, 1 setting changed'
+        """
+        resolved = {"update"} if PRESETS[self.preset].get("update", "auto") == "auto" else set()
+        count = len(self.changed_settings().keys() - resolved)
+        return f"{self.preset}, {count} setting{'s' if count > 1 else ''} changed" if count else self.preset
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the schema version, as JSON types."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
@@ -235,21 +253,29 @@ class NLSRConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write ``nlsr_config.json`` into a folder (made when missing), keeping the record that may be in it."""
+        """Write ``nlsr_config.json`` into a folder (made when missing).
+
+        Raises:
+            PeftNLSRError: the folder holds the record of a realignment that was made with other settings.
+        """
         path = Path(save_directory) / CONFIG_NAME
         content = read_json(path) if path.exists() else {}
+        _require_same_settings(self, content, str(path))
         content["config"] = self.to_dict()
         write_json(path, content)
         return path
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> NLSRConfig:
-        """Read ``nlsr_config.json`` from a folder or, when no such folder exists, from a Hub repository."""
-        path = Path(source) / CONFIG_NAME
-        if not Path(source).is_dir():
-            from huggingface_hub import hf_hub_download
+        """Read ``nlsr_config.json`` from a folder or, when no such folder exists, from a Hub repository.
 
-            path = Path(hf_hub_download(str(source), CONFIG_NAME, revision=revision))
+        Raises:
+            PeftNLSRError: there is no such file; CorruptFileError: it holds no settings.
+            ValueError: a value outside its choices or range.
+        """
+        path = Path(source) / CONFIG_NAME if Path(source).is_dir() else _downloaded(str(source), revision)
+        if not path.is_file():
+            raise PeftNLSRError(f"{source} has no {CONFIG_NAME}; give a folder to which settings were saved")
         content = read_json(path)
         if not isinstance(content.get("config"), dict):
             raise CorruptFileError(f"{path} holds no 'config' object, found the keys {', '.join(content) or '(none)'}")
@@ -288,11 +314,21 @@ class NLSRConfig:
             )
 
 
-def _require_same_settings(config: NLSRConfig, present: dict[str, Any], repo_id: str) -> None:
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise PeftNLSRError(f"no settings at {repo_id!r}: no such folder, and from the Hub: {error}") from error
+
+
+def _require_same_settings(config: NLSRConfig, present: dict[str, Any], where: str) -> None:
     if present.get("record") is not None and present.get("config") != config.to_dict():
         raise PeftNLSRError(
-            f"{repo_id} holds the record of a realignment that was made with other settings, which these would "
-            "contradict; push them to a repository of their own"
+            f"{where} holds the record of a realignment that was made with other settings, which these would "
+            "contradict; put them into a place of their own"
         )
 
 

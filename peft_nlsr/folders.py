@@ -24,11 +24,12 @@ from .errors import CorruptFileError, PeftNLSRError
 from .files import read_json, read_text, write_text
 from .hub import CARD_NAME, is_hub_id
 from .lowrank import LowRank
-from .nlsr import decide, restore
+from .nlsr import decide, restore, truncation_norm
 from .patch import SafetyPatch
 from .projection import read_delta
 from .record import (
     DIFF_NAME,
+    OF_WEIGHTS,
     Diff,
     ModuleRecord,
     Realignment,
@@ -87,6 +88,7 @@ def realign_folder(
         modules=(),
         data={},
         notes=found.notes,
+        truncation_norm=found.truncation_norm,
     )
     if output is None:
         for module in edits:
@@ -111,6 +113,7 @@ class _Plan:
     decisions: list[Decision]
     edit: _Edit
     notes: tuple[str, ...] = ()
+    truncation_norm: str | None = None
 
 
 def _plan(source: AdapterFolder, config: NLSRConfig, patch: Any, reference: Any) -> _Plan:
@@ -131,13 +134,14 @@ def _plan_nlsr(source: AdapterFolder, config: NLSRConfig, patch: SafetyPatch | s
     opened = patch if isinstance(patch, SafetyPatch) else SafetyPatch.from_pretrained(patch)
     config = _file_config(config)
     opened.require_fit(source)
-    decisions = decide(source, opened, config)
+    decisions, notes = decide(source, opened, config)
     said = opened.record["reference"]["description"]
 
     def edit(module: str, tuned: LowRank) -> tuple[LowRank, float]:
         return restore(tuned, opened, module, config)
 
-    return _Plan(config.update, "a patch and adapter files", config, said, decisions, edit)
+    norm = truncation_norm(opened, config)
+    return _Plan(config.update, "a patch and adapter files", config, said, decisions, edit, notes, norm)
 
 
 def _plan_delta(source: AdapterFolder, config: NLSRConfig, reference: Any) -> _Plan:
@@ -154,7 +158,9 @@ def _plan_delta(source: AdapterFolder, config: NLSRConfig, reference: Any) -> _P
             return project(tuned, delta[module], config), 0.0
         return add_safety_vector(module, tuned, delta[module], config)
 
-    return _Plan(config.method, "asked for by the configuration", config, found.description, decisions, edit, notes)
+    norm = OF_WEIGHTS if config.method == "resta" else None
+    reason = "asked for by the configuration"
+    return _Plan(config.method, reason, config, found.description, decisions, edit, notes, norm)
 
 
 def _file_config(config: NLSRConfig) -> NLSRConfig:

@@ -10,7 +10,7 @@ Algorithm. Given a pre-amplified reference, calibration statistics and the fine-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from .edits import masked, restore_sum, restore_swap
 from .errors import LineageError
 from .lowrank import LowRank
 from .patch import SCHEMA_VERSION, ModulePatch, SafetyPatch
-from .reference import SHARED_LINEAGE, Reference
+from .record import OF_WEIGHTS, ON_INPUTS
+from .reference import SHARED_LINEAGE, Reference, factor_cosine
 from .scores import InputSketch, ModuleStatistics, safety_masks
 from .selection import Decision, select
 
 UNCALIBRATED = ("magnitude", "random")
+_MOST_UNRELATED = 0.1  # share of the modules
 
 
 def build_nlsr_patch(reference: Reference, statistics: SafetyStatistics | None, config: NLSRConfig) -> SafetyPatch:
@@ -91,33 +93,62 @@ def _record(
     }
 
 
-def decide(adapter: Adapter, patch: SafetyPatch, config: NLSRConfig) -> list[Decision]:
-    """Similarity of every module (NLSR eq. 7-8) and which are restored (eq. 9-10), after a check of the lineage.
+def decide(adapter: Adapter, patch: SafetyPatch, config: NLSRConfig) -> tuple[list[Decision], tuple[str, ...]]:
+    """Similarity of every module (NLSR eq. 7-8), which are restored (eq. 9-10), and what to note of it.
 
     Raises:
         LineageError: the adapter was not trained from the patch's reference, so its entries mean something else.
     """
     similarities: dict[str, float] = {}
-    lineage: list[float] = []
+    lineage: dict[str, float | None] = {}
     for name, tuned in adapter.items():
         module = patch[name]
-        mine = masked(tuned, module.masks)
-        similarities[name] = module.reference.cosine(mine)
-        lineage.append(
-            float(torch.nn.functional.cosine_similarity(mine.A.float().flatten(), module.reference.A.flatten(), dim=0))
-        )
-    require_shared_lineage(sorted(lineage)[len(lineage) // 2])
-    return select(similarities, config)
+        similarities[name] = module.reference.cosine(masked(tuned, module.masks))
+        lineage[name] = factor_cosine(tuned, module.reference)
+    notes = require_shared_lineage(lineage)
+    decisions = select(similarities, config)
+    return decisions, notes + _cut_notes(decisions, patch, config)
 
 
-def require_shared_lineage(similarity: float) -> None:
-    """Raise LineageError when the factors of adapter and reference are unrelated (their cosine is below 0.5)."""
-    if similarity < SHARED_LINEAGE:
+def require_shared_lineage(lineage: Mapping[str, float | None]) -> tuple[str, ...]:
+    """What to note of single modules whose factors are unrelated to the reference's (their cosine is below 0.5).
+
+    One module that training moved far is no other lineage; a second repair after training on finds all those of the
+    first unrelated, because the cut to the adapter's rank gave them new factors.
+
+    Args:
+        lineage: module -> :func:`peft_nlsr.reference.factor_cosine`; None takes no part.
+
+    Raises:
+        LineageError: more than a tenth of the modules are unrelated, or none can be compared.
+    """
+    known = {name: cosine for name, cosine in lineage.items() if cosine is not None}
+    unrelated = [name for name, cosine in known.items() if cosine < SHARED_LINEAGE]
+    found = f"{len(unrelated)} of {len(known)} modules have factors unrelated to the reference's"
+    if unrelated:
+        found += f" (first {unrelated[0]}: cosine {known[unrelated[0]]:.2f}, expected at least {SHARED_LINEAGE})"
+    if not known or len(unrelated) > _MOST_UNRELATED * len(known):
         raise LineageError(
-            f"the adapter's factors are unrelated to the reference's (median cosine {similarity:.2f}, expected at "
-            f"least {SHARED_LINEAGE}): it was not trained from the reference, and entries of A and B cannot be "
-            "exchanged; use update='least_squares', which works for any adapter"
+            f"{found}, so entries of A and B cannot be exchanged: the adapter was not trained from the reference, it "
+            "was realigned before, or its factors were computed anew; if it was realigned, revert it first, else use "
+            "update='least_squares', which works for any adapter"
         )
+    return (f"{found}; what is restored there may be noise",) if unrelated else ()
+
+
+def _cut_notes(decisions: Iterable[Decision], patch: SafetyPatch, config: NLSRConfig) -> tuple[str, ...]:
+    """Says where the sum is cut to rank r without calibration inputs."""
+    blind = [d.module for d in decisions if d.restored and d.module not in patch.inputs]
+    if config.update != "sum" or not config.compress or not blind:
+        return ()
+    return (f"{len(blind)} modules are cut to rank r by size alone: the patch has no calibration inputs",)
+
+
+def truncation_norm(patch: SafetyPatch, config: NLSRConfig) -> str | None:
+    """How the error of the cut to the adapter's rank is measured; None where nothing is cut."""
+    if config.update != "sum" or not config.compress:
+        return None
+    return ON_INPUTS if set(patch.inputs) == set(patch) else OF_WEIGHTS
 
 
 def restore(tuned: LowRank, patch: SafetyPatch, name: str, config: NLSRConfig) -> tuple[LowRank, float]:

@@ -5,7 +5,6 @@ Built once per aligned adapter, applied to every adapter that was fine-tuned fro
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError
-from .files import read_json
+from .files import read_json, write_json
 from .hub import push_folder, staging
 from .lowrank import LowRank
 from .scores import FactorPair, InputSketch
@@ -110,8 +109,7 @@ class SafetyPatch(Mapping[str, ModulePatch]):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / TENSORS_NAME, _specs(self.record["modules"]), self._packed)
-        text = json.dumps(self.record, indent=2, sort_keys=True) + "\n"
-        (folder / RECORD_NAME).write_text(text, "utf-8")
+        write_json(folder / RECORD_NAME, self.record)
 
     save_pretrained = save
 

@@ -84,7 +84,7 @@ def push_realigned(
         _hide_paths(folder, base_model)
         settle(home, name, claim)
         # From here on the folder is fit to be pushed, should the Hub be out of reach.
-        if _take_card(adapter, folder, fetch(repo_id, CARD_NAME, revision=revision, token=token)):
+        if _take_card(adapter, name, folder, fetch(repo_id, CARD_NAME, revision=revision, token=token)):
             _hide_paths(folder, base_model)
             settle(home, name, claim)
         stale = () if keep_checkpoints else stale_checkpoints(repo_id, revision, token)
@@ -144,7 +144,7 @@ def _report_fits(claim: Claim) -> bool:
     return claim.report is None or claim.report.record["fingerprint_after"] == claim.record["fingerprint_after"]
 
 
-def _take_card(adapter: Any, folder: Path, present: Path | None) -> bool:
+def _take_card(adapter: Any, adapter_name: str, folder: Path, present: Path | None) -> bool:
     """Take the repository's present card, which its author may have edited, where the source brings none of its own.
 
     A model in memory has none: PEFT has just made the one in the folder.
@@ -153,7 +153,7 @@ def _take_card(adapter: Any, folder: Path, present: Path | None) -> bool:
     if present is None or (not live and (Path(adapter) / CARD_NAME).is_file()):
         return False
     write_text(folder / CARD_NAME, read_text(present) or "")
-    if live and isinstance(bare := LiveAdapter(adapter).model, PeftModel):
+    if live and isinstance(bare := LiveAdapter(adapter, adapter_name).model, PeftModel):
         bare.create_or_update_model_card(str(folder))
     return True
 

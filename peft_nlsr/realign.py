@@ -30,13 +30,13 @@ from .examples import Example, collated, sample
 from .generation import find_tokenizer, model_digest
 from .judges import Judge, refuses
 from .lowrank import LowRank
-from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore
+from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore, truncation_norm
 from .patch import SafetyPatch
 from .projection import read_delta
 from .prompts import builtin_prompts
 from .ranks import ALONE, Ranks
-from .record import ModuleRecord, Realignment, fingerprint, new_record
-from .reference import BASE_REFERENCE, Reference, factor_similarity, read_reference, reference_for_masks
+from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, fingerprint, new_record
+from .reference import BASE_REFERENCE, Reference, factor_cosine, read_reference, reference_for_masks
 from .registration import forget, keep_with_adapter
 from .report import SafetyReport
 from .safelora import decide_safelora, project
@@ -228,14 +228,17 @@ def choose_method(
         patch.require_fit(adapter)
     if config.update in ("sum", "swap"):
         if patch is None and reference.updates is not None:
-            require_shared_lineage(factor_similarity(adapter, reference.updates))
+            require_shared_lineage({n: factor_cosine(u, reference.updates[n]) for n, u in adapter.items()})
         return config.update, "asked for by the configuration"
     if patch is None:
         return "two_teacher", f"no patch was given; the safe teacher is {reference.description}"
     try:
         decide(adapter, patch, config)
     except LineageError:
-        return "two_teacher", "a patch was given, but the adapter was not trained from its reference"
+        return (
+            "two_teacher",
+            "a patch was given, but the adapter was not trained from its reference or was realigned since",
+        )
     return "sum", "a patch was given and the adapter was trained from its reference"
 
 
@@ -349,7 +352,7 @@ def _plan_two_teacher(adapter: LiveAdapter, config: NLSRConfig, reference: Refer
     record = {**teaching.record, "cost": solution.estimate}
     done = _record(adapter, config, reference.description, decisions, found, record, notes)
     modules = tuple(replace(m, solver_error=solution.solver_errors.get(m.module, 0.0)) for m in done.modules)
-    return replace(done, modules=modules)
+    return replace(done, modules=modules, truncation_norm=ON_INPUTS)
 
 
 def _left_alone(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, teaching: TeachingData) -> Realignment:
@@ -386,7 +389,8 @@ def _plan_one_shot(adapter: LiveAdapter, config: NLSRConfig, reference: Referenc
         )
     decisions = [Decision(name, None, True) for name in adapter]
     found = (updates, errors)
-    return _record(adapter, config, reference.description, decisions, found, teaching.record, teaching.notes)
+    done = _record(adapter, config, reference.description, decisions, found, teaching.record, teaching.notes)
+    return replace(done, truncation_norm=ON_INPUTS)
 
 
 def _plan_nlsr(
@@ -401,7 +405,7 @@ def _plan_nlsr(
     if patch is None:
         patch, record = _build_patch(adapter, config, reference, weak, data)
     patch.require_fit(adapter)
-    decisions = decide(adapter, patch, config)
+    decisions, notes = decide(adapter, patch, config)
     tuned = adapter.snapshot()
     updates: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
@@ -410,7 +414,8 @@ def _plan_nlsr(
             name = decision.module
             updates[name], errors[name] = restore(tuned[name], patch, name, config)
     said = patch.record["reference"]["description"]
-    return _record(adapter, config, said, decisions, (updates, errors), record)
+    done = _record(adapter, config, said, decisions, (updates, errors), record, notes)
+    return replace(done, truncation_norm=truncation_norm(patch, config))
 
 
 def _build_patch(
@@ -447,7 +452,8 @@ def _plan_resta(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, 
     for name, tuned in adapter.snapshot().items():
         updates[name], errors[name] = add_safety_vector(name, tuned, reference.updates[name], config)
     decisions = [Decision(name, None, True) for name in adapter]
-    return _record(adapter, config, reference.description, decisions, (updates, errors), {})
+    done = _record(adapter, config, reference.description, decisions, (updates, errors), {})
+    return replace(done, truncation_norm=OF_WEIGHTS)
 
 
 def _plan_antidote(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, data: _Data) -> Realignment:
@@ -542,12 +548,14 @@ def apply(peft_model: Any, planned: Realignment) -> Realignment:
 
 
 def _apply(peft_model: Any, planned: Realignment, ranks: Ranks) -> Realignment:
-    """Every rank writes, or none does."""
+    """Every rank writes, or none does; a failure until the record is kept undoes the write."""
     adapter = LiveAdapter(peft_model, planned.adapter_name)
-    with adapter.undone_on_failure(adapter), ranks.together():
-        _require_planned_for(adapter, planned)
-        adapter.write(planned.updates)
-    return adopt(adapter.model, planned, LiveAdapter(peft_model, planned.adapter_name))
+    with adapter.undone_on_failure(adapter):
+        with ranks.together():
+            _require_planned_for(adapter, planned)
+            adapter.write(planned.updates)
+            after = fingerprint(LiveAdapter(peft_model, planned.adapter_name))
+        return _noted(adapter.model, replace(planned, fingerprint_after=after), None)
 
 
 def _require_planned_for(adapter: LiveAdapter, planned: Realignment) -> None:
@@ -570,10 +578,14 @@ def adopt(
         factors: the adapter's factors as they are now, whole (a sharded model's are gathered).
         report: what was measured, saved and pushed with the adapter.
     """
+    return _noted(peft_model, replace(planned, fingerprint_after=fingerprint(factors)), report)
+
+
+def _noted(peft_model: Any, done: Realignment, report: SafetyReport | None) -> Realignment:
+    """Keep the claim, which every save checks against the weights, and then the record, which nothing checks."""
     bare = extract_model_from_parallel(peft_model, keep_torch_compile=False)
-    done = replace(planned, fingerprint_after=fingerprint(factors))
-    _keep(bare, {**_records_but(bare, planned.adapter_name), planned.adapter_name: done})
     keep_with_adapter(bare, done, None if report is None else replace(report, record=done.to_dict()))
+    _keep(bare, {**_records_but(bare, done.adapter_name), done.adapter_name: done})
     return done
 
 

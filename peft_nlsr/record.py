@@ -25,6 +25,7 @@ from .storage import Spec, TensorFile, write_tensors
 
 SCHEMA_VERSION = 1
 DIFF_NAME = "nlsr_diff.safetensors"
+ON_INPUTS, OF_WEIGHTS = "on the calibration inputs", "of the weights"  # what a truncation error is measured by
 _BASE_IN_CONFIG = re.compile(r'("base_model_name_or_path"\s*:\s*)("(?:[^"\\]|\\.)*"|null)')
 
 
@@ -38,7 +39,8 @@ class ModuleRecord:
         similarity: cosine of safety-critical parts of reference and adapter; None where the method uses none.
         probability: chance of being restored, for random selections.
         relative_change: ``|dW'' - dW_t| / |dW_t|``, before the cast to the stored dtype; None when ``dW_t`` is zero.
-        truncation_error: relative error of the cut to the adapter's rank, 0 when nothing was cut.
+        truncation_error: relative error of the cut to the adapter's rank, 0 when nothing was cut; in the norm that
+            the realignment names.
         solver_error: measured relative error of an iterative solver on the calibration inputs, 0 for an exact one.
     """
 
@@ -82,6 +84,8 @@ class Realignment:
         fingerprint_before, fingerprint_after: SHA-256 of the adapter's factors; ``after`` is None while only planned.
         updates: module -> new update; not part of the JSON record.
         originals: module -> weights before, bit for bit; not part of the JSON record.
+        truncation_norm: what ``truncation_error`` is measured by, ``ON_INPUTS`` or ``OF_WEIGHTS``; None where the
+            method cuts nothing.
     """
 
     method: str
@@ -98,6 +102,7 @@ class Realignment:
     fingerprint_after: str | None
     updates: dict[str, LowRank] = field(repr=False, compare=False)
     originals: dict[str, LowRank] = field(repr=False, compare=False)
+    truncation_norm: str | None = None
 
     @property
     def restored(self) -> tuple[str, ...]:
@@ -110,8 +115,9 @@ class Realignment:
         return {
             "schema_version": SCHEMA_VERSION,
             **plain,
-            "preset": self.config.preset,
+            "preset": self.config.preset_label,
             "modules": [asdict(m) for m in self.modules],
+            "truncation_norm": self.truncation_norm,
             "notes": list(self.notes),
             "versions": self.versions,
             "fingerprint_before": self.fingerprint_before,
@@ -122,7 +128,7 @@ class Realignment:
         """A few lines for people: what was chosen, why, how much changed and what to know."""
         changes = [m.relative_change for m in self.modules if m.restored and m.relative_change is not None]
         lines = [
-            f"{self.method} ({self.reason}); preset {self.config.preset}",
+            f"{self.method} ({self.reason}); preset {self.config.preset_label}",
             f"reference: {self.reference}",
             f"{len(self.restored)} of {len(self.modules)} modules changed, median relative change "
             f"{statistics.median(changes) if changes else 0.0:.3f}",
@@ -142,6 +148,7 @@ def new_record(
     notes: tuple[str, ...] = (),
     updates: Mapping[str, LowRank] | None = None,
     originals: Mapping[str, LowRank] | None = None,
+    truncation_norm: str | None = None,
 ) -> Realignment:
     """A planned realignment of ``adapter`` as it is now, with a note on what it does not cover."""
     outside = adapter.info.outside
@@ -164,6 +171,7 @@ def new_record(
         fingerprint_after=None,
         updates=dict(updates or {}),
         originals=dict(originals or {}),
+        truncation_norm=truncation_norm,
     )
 
 

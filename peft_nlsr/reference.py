@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapters import Adapter, open_adapter
 from .config import NLSRConfig
@@ -148,18 +147,23 @@ def align_gauge(update: LowRank, to: LowRank) -> LowRank:
 
 
 def factor_similarity(adapter: Mapping[str, LowRank], reference: Mapping[str, LowRank]) -> float:
-    """Median over modules of the cosine between the A factors: near 1 when one was trained from the other, else 0.
+    """Median over modules of :func:`factor_cosine`: near 1 when one was trained from the other, else 0."""
+    found = (factor_cosine(adapter[name], reference[name]) for name in adapter)
+    return statistics.median([cosine for cosine in found if cosine is not None] or [0.0])
 
-    Modules whose ranks differ count as 0: their entries cannot be compared.
+
+def factor_cosine(adapter: LowRank, reference: LowRank) -> float | None:
+    """Cosine between the A factors over the entries that the reference has (a patch keeps some of them).
+
+    0 where the ranks differ, since entries cannot be compared then; None where the reference has no entries.
     """
-    return statistics.median(
-        _cosine(adapter[n].A, reference[n].A) if adapter[n].A.shape == reference[n].A.shape else 0.0 for n in adapter
-    )
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    one, other = one.float().flatten(), other.float().flatten().to(one.device)
-    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+    if adapter.A.shape != reference.A.shape:
+        return 0.0
+    theirs = reference.A.float()
+    mine = torch.where(theirs == 0.0, 0.0, adapter.A.to(theirs))
+    if not theirs.any():
+        return None
+    return float(torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0))
 
 
 def reference_for_masks(reference: Reference, weak: Mapping[str, LowRank] | None, config: NLSRConfig) -> Reference:

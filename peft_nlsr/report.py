@@ -6,7 +6,6 @@ verdict to the list of what is not covered, is derived from these numbers; nothi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -362,9 +361,7 @@ def reproduce(report: SafetyReport) -> str:
     """Python that does the same again, with the settings that differ from the preset; data are named, not included."""
     reference = " ".join(report.record["reference"].split())
     config = NLSRConfig.from_dict(report.config)
-    preset = NLSRConfig.from_preset(config.preset)
-    changed = [f for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(preset, f.name)]
-    settings = "".join(f", {f.name}={getattr(config, f.name)!r}" for f in changed)
+    settings = "".join(f", {name}={value!r}" for name, value in config.changed_settings().items())
     given = {"safety": "calibration=safety_rows", "utility": "utility=training_rows"}
     data = report.record["data"]
     args = [arg for kind, arg in given.items() if data.get(kind, {}).get("source") == "given"]

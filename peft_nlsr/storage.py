@@ -107,10 +107,12 @@ def write_tensors(
         ValueError: a tensor does not match its spec, or a dtype that the format does not have.
     """
     order = sorted(specs, key=lambda name: (_priority(name, specs[name][0]), name))
-    with temporary_sibling(Path(path)) as temporary, open(temporary, "xb") as file:
-        file.write(_header(order, specs, metadata))
-        for name in order:
-            file.write(_raw_bytes(name, tensors(name), specs[name]))
+    with temporary_sibling(Path(path)) as temporary:
+        with open(temporary, "xb") as file:
+            file.write(_header(order, specs, metadata))
+            for name in order:
+                file.write(_raw_bytes(name, tensors(name), specs[name]))
+        sync(temporary)
 
 
 def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:

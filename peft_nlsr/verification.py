@@ -16,19 +16,17 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
+from .adapters import CONFIG_FILE, AdapterFolder, download_adapter
 from .card import PICTURES, stale_card, update_card
 from .claims import Claim, readme_of
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text
-from .hub import CARD_NAME
 from .record import DIFF_NAME, Diff, fingerprint, versions
 from .report import REPORT_NAME, SafetyReport
 
 SCHEMA_VERSION = 1
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, CONFIG_NAME, DIFF_NAME, REPORT_NAME, RESULTS_NAME, CARD_NAME)
 
 
 @dataclass(frozen=True)
@@ -89,29 +87,10 @@ def _local(adapter: str | os.PathLike[str], subfolder: str, revision: str | None
             raise ValueError(f"revision {revision!r} only goes with a Hub id; a folder is what it is")
         home = Path(adapter) / subfolder
     else:
-        home = _download(str(adapter), subfolder, revision)
+        home = download_adapter(str(adapter), subfolder, revision)
     if not (home / CONFIG_FILE).is_file():
         raise PeftNLSRError(f"{home} is no adapter: it has no {CONFIG_FILE}; give the folder that the adapter is in")
     return home
-
-
-def _download(repo_id: str, subfolder: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        found = snapshot_download(
-            repo_id, revision=revision, allow_patterns=[CARD_NAME, *(prefix + n for n in _FILES)]
-        )
-    except HFValidationError as error:
-        raise PeftNLSRError(f"{repo_id!r} is neither an existing folder nor a Hub id; check the path") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise PeftNLSRError(
-            f"{repo_id!r} is not an existing folder and could not be downloaded from the Hub ({error}); check the "
-            "name, the access token and the network"
-        ) from error
-    return Path(found) / subfolder
 
 
 @dataclass(frozen=True)
@@ -162,7 +141,7 @@ def _record(folder: _Folder) -> str:
     if record is None:
         raise PeftNLSRError(f"no record of a realignment in {CONFIG_NAME}; realign the adapter to get one")
     config = NLSRConfig.from_dict(read_json(folder.home / CONFIG_NAME)["config"])
-    if config.preset != record["preset"]:
+    if config.preset != record["preset"].partition(",")[0]:  # its count of changes depends on the version
         raise CorruptFileError(f"the settings are of preset {config.preset}, the record says {record['preset']}")
     return f"realigned by {record['method']}, preset {record['preset']}"
 

@@ -406,24 +406,6 @@ def test_what_cannot_be_found_is_one_clear_error(source: str, words: str) -> Non
         open_adapter(source)
 
 
-@pytest.mark.parametrize("adapter_name", [None, "tuned"])
-def test_only_two_files_are_asked_from_the_hub(
-    make_pico_lora: MakeLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_name: Any
-) -> None:
-    save(make_pico_lora(adapter_name=adapter_name or "default"), tmp_path / "snapshot")
-    asked = {}
-
-    def snapshot_download(repo_id: str, *, revision: Any, allow_patterns: list[str]) -> str:
-        asked.update(repo_id=repo_id, revision=revision, files=allow_patterns)
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    adapter = open_adapter("user/repo", adapter_name=adapter_name, revision="v1")
-    prefix = f"{adapter_name}/" if adapter_name else ""
-    assert asked == {"repo_id": "user/repo", "revision": "v1", "files": [prefix + CONFIG, prefix + WEIGHTS]}
-    assert len(adapter) == 6
-
-
 def test_a_revision_of_something_local_is_refused(make_pico_lora: MakeLora, tmp_path: Path) -> None:
     for source in (make_pico_lora(), tmp_path):
         with pytest.raises(ValueError, match="revision 'v1' only goes with a Hub id"):

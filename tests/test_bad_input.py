@@ -250,17 +250,19 @@ LIVE: dict[str, tuple[Callable[[World], None], type[Exception], str]] = {
     "patch-of-another-lineage-for-sum": (
         independent_patch,
         LineageError,
-        wordy("median cosine -?0", "at least 0.5", "not trained from the reference", "update='least_squares'"),
+        wordy(
+            "of 6 modules", "cosine -?0", "at least 0.5", "not trained from the reference", "update='least_squares'"
+        ),
     ),
     "reference-of-another-lineage-for-sum": (
         independent_reference,
         LineageError,
-        wordy("median cosine -?0", "at least 0.5", "update='least_squares'"),
+        wordy("of 6 modules", "cosine -?0", "at least 0.5", "update='least_squares'"),
     ),
     "reference-of-another-rank-for-sum": (
         both(lambda w: w.reference(r=6) and None, by(update="sum")),
         LineageError,
-        wordy("median cosine 0.00", "update='least_squares'"),
+        wordy("6 of 6 modules", "cosine 0.00", "update='least_squares'"),
     ),
     "reference-of-other-modules": (
         lambda w: w.reference(target_modules=["q_proj", "v_proj"]) and None,

@@ -1,5 +1,7 @@
 """Statistics are those of every counted token, each sample on its own, however the data are batched and padded."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +26,22 @@ from transformers import (
 )
 
 from peft_nlsr.adapters import LiveAdapter
-from peft_nlsr.calibration import FrequentDirections, SafetyStatistics, collect_sequential, collect_statistics
+from peft_nlsr.calibration import (
+    RECORD_NAME,
+    TENSORS_NAME,
+    FrequentDirections,
+    SafetyStatistics,
+    collect_sequential,
+    collect_statistics,
+)
 from peft_nlsr.config import NLSRConfig
-from peft_nlsr.errors import CalibrationError, CorruptFileError, IncompatibleError, UnsupportedAdapterError
+from peft_nlsr.errors import (
+    CalibrationError,
+    CorruptFileError,
+    IncompatibleError,
+    PeftNLSRError,
+    UnsupportedAdapterError,
+)
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.scores import low_rank_factors, rank_kept, safety_masks
 
@@ -470,6 +485,30 @@ def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.dtype == other.dtype and torch.equal(one, other)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "no-folder": shutil.rmtree,
+    "no-tensors": lambda folder: (folder / TENSORS_NAME).unlink(),
+    "no-modules": lambda folder: edit_record(folder, lambda record: record.pop("modules")),
+    "modules-are-a-list": lambda folder: edit_record(folder, lambda record: record.update(modules=["m"])),
+    "a-module-without-tokens": lambda folder: edit_record(folder, lambda r: next(iter(r["modules"].values())).clear()),
+    "a-module-without-tensors": lambda folder: edit_record(folder, lambda r: r["modules"].update(m={"tokens": 1})),
+}
+
+
+def edit_record(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / RECORD_NAME).read_text())
+    edit(record)
+    (folder / RECORD_NAME).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_statistics_are_an_error_of_the_family(make_pico_lora: MakeLora, tmp_path: Path, damage: str) -> None:
+    collect(make_pico_lora(), [pad(ROWS)]).save(tmp_path / "statistics")
+    DAMAGES[damage](tmp_path / "statistics")
+    with pytest.raises(PeftNLSRError, match=r"statistics.*collect"):
+        SafetyStatistics.load(tmp_path / "statistics")
 
 
 def test_statistics_of_another_schema_are_refused(make_pico_lora: MakeLora, tmp_path: Path) -> None:

@@ -391,6 +391,8 @@ def test_a_patch_from_statistics_is_the_patch_from_the_model(place: Path, run: R
         progress=False,
     )
     assert SafetyPatch.load("direct").record == expected.record
+    assert "by what matters for the calibration inputs" in plain(run("patch", "show", "direct")[1])
+    assert "by size alone in 6 modules" in plain(run("patch", "show", "patch")[1])
     code, out, _ = run("patch", "show", "direct", "--json")
     assert code == 0 and json.loads(out) == json.loads((place / "direct" / "safety_patch.json").read_text())
 
@@ -510,12 +512,14 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(place: Path, run: 
     content = {"preset": "paper", "beta": 0.3, "ridge": "1e-2", "sequential": True, "patch": "patch", "dry-run": True}
     (place / "run.yaml").write_text(yaml.safe_dump(content))
     code, out, err = run("realign", "adapter", "--config", "run.yaml", "--set", "beta=0.4", "--json")
-    assert code == 0 and json.loads(out)["preset"] == "paper", err
+    assert code == 0 and json.loads(out)["preset"] == "paper, 3 settings changed", err
     (place / "settings.yaml").write_text(yaml.safe_dump({k: content[k] for k in ("preset", "beta", "ridge")}))
     found = json.loads(run("config", "-c", "settings.yaml", "--set", "beta=0.4", "--json")[1])
     assert (found["beta"], found["ridge"], found["selection"]) == (0.4, 0.01, "bernoulli")
-    found = json.loads(run("config", "-c", "settings.yaml", "--preset", "released", "--json")[1])
-    assert (found["preset"], found["beta"], found["update"]) == ("released", 0.3, "swap")
+    assert json.loads(run("config", "-c", "settings.yaml", "--preset", "paper", "--json")[1])["beta"] == 0.3
+    for other in (["--preset", "released"], ["--set", "preset=default"]):
+        code, _, err = run("config", "-c", "settings.yaml", *other)
+        assert code == 2 and "the settings file is of preset paper, not" in plain(err)
 
 
 def test_a_push_preview_minds_an_edited_card_as_little_as_the_push_does(place: Path, run: Run) -> None:

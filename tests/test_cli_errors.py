@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import randomise_lora
 from peft import LoraConfig, get_peft_model
 from test_cli import JUDGE, SETS, Run, _one_thread, _prepared, plain, run  # noqa: F401
@@ -278,4 +279,32 @@ def test_a_failure_shows_its_traceback_when_asked(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["peft-nlsr", "--debug", "verify", "nowhere"])
     with pytest.raises(Exception, match="not an existing folder"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes"), MemoryError()],
+    ids=["accelerator", "cpu", "python"],
+)
+def test_memory_that_ran_out_is_one_message_with_advice(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = plain(capsys.readouterr().err)
+    assert end.value.code == 1
+    assert all(word in said for word in ("memory ran out", "nlsr_batch_size", "--dtype bfloat16", "offload"))
+
+
+def test_other_failures_of_a_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: str) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
         cli.main()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peft_nlsr import CorruptFileError, NLSRConfig
+from peft_nlsr import CorruptFileError, NLSRConfig, PeftNLSRError
 from peft_nlsr.config import CHOICES, CONFIG_NAME, PRESETS, SCHEMA_VERSION
 
 FIELDS = {field.name: field for field in dataclasses.fields(NLSRConfig)}
@@ -195,12 +195,42 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == [CONFIG_NAME]
 
 
-def test_saving_keeps_the_record_beside_the_settings(tmp_path: Path) -> None:
+def test_saving_keeps_the_record_beside_its_settings_and_refuses_others(tmp_path: Path) -> None:
     record = {"fingerprint_after": "abc", "method": "sum"}
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": NLSRConfig().to_dict(), "record": record}))
-    NLSRConfig(beta=0.1).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["record"] == record
-    assert NLSRConfig.from_pretrained(tmp_path).beta == 0.1
+    NLSRConfig().save_pretrained(tmp_path)
+    before = (tmp_path / CONFIG_NAME).read_text()
+    assert json.loads(before)["record"] == record
+    with pytest.raises(PeftNLSRError, match="holds the record of a realignment that was made with other settings"):
+        NLSRConfig(beta=0.1).save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG_NAME).read_text() == before
+
+
+LABELS = {
+    "default": NLSRConfig(),
+    "default, 1 setting changed": NLSRConfig(beta=0.5),
+    "paper": NLSRConfig.from_preset("paper"),
+    "paper, 2 settings changed": NLSRConfig.from_preset("paper", sparsity=0.7, compress=False),
+    "paper, 5 settings changed": NLSRConfig(preset="paper"),
+    "released, 1 setting changed": NLSRConfig.from_preset("released", update="sum"),
+}
+
+
+@pytest.mark.parametrize(("label", "config"), LABELS.items(), ids=LABELS)
+def test_a_preset_whose_settings_were_changed_does_not_go_by_its_name_alone(label: str, config: NLSRConfig) -> None:
+    assert config.preset_label == label
+    assert NLSRConfig.from_preset(config.preset, **config.changed_settings()) == config
+
+
+@pytest.mark.parametrize("update", ["sum", "swap", "least_squares"])
+def test_what_auto_came_to_is_no_change_of_the_preset(update: str) -> None:
+    assert NLSRConfig(update=update).preset_label == "default"
+
+
+@pytest.mark.parametrize("source", ["user/not-cached", "/no/such/folder", "a b"])
+def test_settings_that_cannot_be_found_are_one_clear_error(source: str) -> None:
+    with pytest.raises(PeftNLSRError, match=f"no settings at '{source}': no such folder, and from the Hub"):
+        NLSRConfig.from_pretrained(source)
 
 
 @pytest.mark.parametrize(
@@ -229,5 +259,5 @@ def test_a_file_that_is_not_understood_is_not_overwritten(tmp_path: Path, text: 
 
 
 def test_a_folder_without_settings_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
+    with pytest.raises(PeftNLSRError, match=CONFIG_NAME):
         NLSRConfig.from_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from peft_nlsr import (
     CorruptFileError,
+    LineageError,
     LowRank,
     NLSRConfig,
     PeftNLSRError,
@@ -183,7 +184,7 @@ def test_the_output_holds_adapter_settings_record_and_diff(tmp_path: Path, make:
     assert NLSRConfig.from_pretrained(tmp_path / "out") == EDITS["paper"]
     assert content["record"]["fingerprint_before"] == fingerprint(open_adapter(adapter))
     assert content["record"]["fingerprint_after"] == fingerprint(open_adapter(tmp_path / "out"))
-    assert content["record"]["preset"] == "paper"
+    assert content["record"]["preset"] == "paper, 1 setting changed"
     assert set(load_file(tmp_path / "out" / DIFF_NAME)) == {f"{n}.{f}" for n in done.restored for f in "AB"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"kept": true}'
 
@@ -351,15 +352,24 @@ def test_a_realigned_folder_is_refused_until_it_is_reverted(tmp_path: Path, make
 
 def test_a_realigned_folder_that_was_trained_on_is_an_adapter_like_any_other(tmp_path: Path, make: Any) -> None:
     _, adapter, patch = make()
-    realign_folder(adapter, tmp_path / "out", patch=patch)
+    realign_folder(adapter, tmp_path / "out", patch=patch, config=EDITS["swap"])
     nudge_weights(tmp_path / "out")
-    done = realign_folder(tmp_path / "out", tmp_path / "again", patch=patch)
+    done = realign_folder(tmp_path / "out", tmp_path / "again", patch=patch, config=EDITS["swap"])
     content = json.loads((tmp_path / "again" / RECORD).read_text())
     assert (
         content["record"]["fingerprint_before"]
         == done.fingerprint_before
         == fingerprint(open_adapter(tmp_path / "out"))
     )
+
+
+def test_a_cut_that_made_new_factors_is_not_repaired_by_entries_again(tmp_path: Path, make: Any) -> None:
+    _, adapter, patch = make()
+    realign_folder(adapter, tmp_path / "out", patch=patch)
+    nudge_weights(tmp_path / "out")
+    with pytest.raises(LineageError, match=r"[23] of 6 modules.*realigned before"):
+        realign_folder(tmp_path / "out", tmp_path / "again", patch=patch)
+    assert not (tmp_path / "again").exists()
 
 
 # ---- interrupted

@@ -11,6 +11,7 @@ import matplotlib
 import numpy
 import pytest
 
+from peft_nlsr.card import PICTURE_FILES
 from peft_nlsr.errors import PeftNLSRError
 from peft_nlsr.evaluation import Evaluation, Measurement
 from peft_nlsr.intervals import wilson
@@ -239,6 +240,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plots")
     assert save_plots(a_report(), folder) == [f"{name}.{suffix}" for name in ALL for suffix in ("png", "svg")]
     return folder
+
+
+def test_every_file_is_known_to_those_who_withdraw_them(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == set(PICTURE_FILES)
 
 
 @pytest.fixture(scope="module")

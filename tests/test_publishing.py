@@ -125,6 +125,18 @@ def test_one_of_several_adapters_of_a_model(make_pico_lora: MakeLora, patch: Saf
     assert "adapter `mine`" in there[CARD_NAME].decode()
 
 
+def test_the_adapter_is_found_by_its_name_where_several_are_active(
+    hub: LocalHub, make_pico_lora: MakeLora, patch: SafetyPatch
+) -> None:
+    model = drift(make_pico_lora(adapter_name="mine"))
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["mine"]))
+    nlsr_realign(model, patch=patch, adapter_name="mine")
+    model.base_model.set_adapter(["mine", "ref"])
+    hub.seed(REPO, {CARD_NAME: b"---\nlicense: mit\n---\nMy words.\n"})
+    push_realigned(model, REPO, adapter_name="mine")
+    assert f"mine/{WEIGHTS}" in hub[REPO].paths() and "My words." in hub[REPO].read(CARD_NAME).decode()
+
+
 def test_other_adapters_in_a_folder_are_named(hub: LocalHub, folder: Path, tuned: PeftModel, caplog: Any) -> None:
     tuned.save_pretrained(folder / "ref")
     push_realigned(folder, REPO)
@@ -178,8 +190,9 @@ def test_unaligned_weights_are_pushed_without_a_claim(folder: Path, tmp_path: Pa
 def test_what_an_earlier_push_claimed_is_deleted(hub: LocalHub, folder: Path, caplog: Any) -> None:
     SafetyReport(record_of(folder), NLSRConfig().to_dict(), None, None).save(folder)
     (folder / "pareto.png").write_bytes(b"\x89PNG")
+    (folder / "pareto.svg").write_bytes(b"<svg/>")
     push_realigned(folder, REPO)
-    assert {REPORT_NAME, DIFF_NAME, "pareto.png"} <= hub[REPO].paths()
+    assert {REPORT_NAME, DIFF_NAME, "pareto.png", "pareto.svg"} <= hub[REPO].paths()
     change_weights(folder)
     push_realigned(folder, REPO, allow_unaligned=True)
     assert hub[REPO].paths() == {WEIGHTS, CONFIG_FILE, CARD_NAME}

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from peft_nlsr import (
     IncompatibleError,
+    LineageError,
     LowRank,
     NLSRConfig,
     PeftNLSRError,
@@ -40,11 +42,12 @@ from peft_nlsr import (
     builtin_prompts,
     nlsr_realign,
     plan,
+    realign,
     revert,
     screening,
 )
 from peft_nlsr.adapters import LiveAdapter
-from peft_nlsr.nlsr import build_nlsr_patch
+from peft_nlsr.nlsr import build_nlsr_patch, require_shared_lineage
 
 MakeLora = Callable[..., PeftModel]
 
@@ -283,10 +286,10 @@ def test_revert_refuses_an_adapter_that_was_trained_on(tuned: PeftModel, inputs:
 
 
 def test_a_second_call_is_refused_until_revert_or_more_training(tuned: PeftModel, inputs: dict[str, Any]) -> None:
-    config, given = call("sum-patch", inputs)
+    config, given = call("swap-patch", inputs)
     nlsr_realign(tuned, config, **given)
     before = state_of(tuned)
-    with pytest.raises(PeftNLSRError, match=r"realigned already \(by sum\).*revert\(model\)"):
+    with pytest.raises(PeftNLSRError, match=r"realigned already \(by swap\).*revert\(model\)"):
         nlsr_realign(tuned, config, **given)
     assert_same_state(before, state_of(tuned))
     drift(tuned, size=1e-3)
@@ -314,6 +317,61 @@ def test_auto_with_a_patch_of_another_lineage_is_two_teacher_and_says_why(
     assert "base model" in done.reference and "given, but not used by two_teacher: patch" in done.notes
 
 
+def test_an_adapter_trained_on_after_a_repair_is_not_repaired_by_entries_again(
+    tuned: PeftModel, inputs: dict[str, Any]
+) -> None:
+    """The cut to the adapter's rank gave the restored modules factors of their own."""
+    config, given = call("sum-patch", inputs)
+    nlsr_realign(tuned, config, **given)
+    drift(tuned, size=0.01)
+    before = state_of(tuned)
+    with pytest.raises(
+        LineageError, match=r"[23] of 6 modules .*\(first model\.layers\..*realigned before.*revert it"
+    ):
+        nlsr_realign(tuned, config, **given)
+    assert_same_state(state_of(tuned), before)
+    config, given = call("two_teacher", inputs)
+    assert plan(tuned, config, patch=inputs["patch"], **given).method == "two_teacher"
+
+
+LINEAGES: dict[str, tuple[dict[str, float | None], str]] = {
+    "all-related": ({f"m{i}": 0.9 for i in range(20)}, ""),
+    "one-in-twenty": ({"m0": 0.1} | {f"m{i}": 0.9 for i in range(1, 20)}, "1 of 20 modules .*first m0: cosine 0.10"),
+    "modules-without-entries": ({"m0": None, "m1": None} | {f"m{i}": 0.9 for i in range(2, 20)}, ""),
+}
+
+
+@pytest.mark.parametrize(("lineage", "words"), LINEAGES.values(), ids=LINEAGES)
+def test_single_modules_of_another_lineage_are_noted(lineage: dict[str, float | None], words: str) -> None:
+    notes = require_shared_lineage(lineage)
+    assert len(notes) == bool(words) and all(re.match(words, note) for note in notes)
+
+
+@pytest.mark.parametrize("cosines", [[0.1] * 3 + [0.9] * 17, [0.1, None, None], [None], []], ids=str)
+def test_more_than_a_tenth_of_another_lineage_is_refused(cosines: list[float | None]) -> None:
+    with pytest.raises(LineageError, match=r"entries of A and B cannot be exchanged.*update='least_squares'"):
+        require_shared_lineage({f"m{i}": cosine for i, cosine in enumerate(cosines)})
+
+
+CUTS = {
+    "sum-patch": ("of the weights", True),
+    "sum-reference": ("on the calibration inputs", False),
+    "sum-exact": (None, False),
+    "swap-patch": (None, False),
+    "two_teacher": ("on the calibration inputs", False),
+    "one_shot": ("on the calibration inputs", False),
+}
+
+
+@pytest.mark.parametrize("method", CUTS)
+def test_a_cut_says_by_what_it_was_made(tuned: PeftModel, inputs: dict[str, Any], method: str) -> None:
+    config, given = call(method, inputs)
+    planned = plan(tuned, config, **given)
+    norm, noted = CUTS[method]
+    assert planned.truncation_norm == planned.to_dict()["truncation_norm"] == norm
+    assert any("cut to rank r by size alone" in note for note in planned.notes) == noted
+
+
 def test_auto_without_a_patch_is_two_teacher_with_the_teacher_named(tuned: PeftModel, inputs: dict[str, Any]) -> None:
     config, given = call("two_teacher", inputs)
     with_base = plan(tuned, config, **given)
@@ -330,7 +388,7 @@ def test_auto_without_a_patch_is_two_teacher_with_the_teacher_named(tuned: PeftM
 
 def test_what_a_method_does_not_use_is_named(tuned: PeftModel, inputs: dict[str, Any]) -> None:
     done = plan(tuned, patch=inputs["patch"], utility=rows(3), calibration=rows(3), progress=False)
-    assert done.notes == ("given, but not used by sum: calibration, utility",)
+    assert done.notes[-1] == "given, but not used by sum: calibration, utility"
 
 
 def test_a_patch_may_be_a_folder_as_text_or_path(tmp_path: Path, tuned: PeftModel, inputs: dict[str, Any]) -> None:
@@ -485,6 +543,31 @@ def test_a_failing_judge_changes_nothing(
     with pytest.raises(error, match=words):
         nlsr_realign(tuned, config, **{**given, "judge": judge})
     assert_same_state(before, state_of(tuned))
+
+
+@pytest.mark.parametrize("place", ["fingerprint", "keep_with_adapter", "_keep"])
+def test_an_interrupt_until_the_record_is_kept_undoes_the_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tuned: PeftModel, inputs: dict[str, Any], place: str
+) -> None:
+    config, given = call("sum-patch", inputs)
+    planned, before = plan(tuned, config, **given), factors_of(tuned)
+    original, calls = getattr(realign, place), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(place)
+        if len(calls) == (2 if place == "fingerprint" else 1):  # the first one looks at what was planned for
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(realign, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply(tuned, planned)
+    monkeypatch.undo()
+    assert_same_factors(before, factors_of(tuned))
+    assert not hasattr(tuned, "nlsr_realignment")
+    tuned.save_pretrained(tmp_path)
+    assert not (tmp_path / "nlsr_config.json").exists()
+    assert apply(tuned, planned).fingerprint_after is not None
 
 
 @pytest.mark.parametrize("method", ["two_teacher", "one_shot", "sum-reference", "released"])

@@ -20,6 +20,7 @@ from peft_nlsr.reference import (
     Reference,
     align_gauge,
     extrapolate,
+    factor_cosine,
     factor_similarity,
     read_reference,
     reference_for_masks,
@@ -164,6 +165,22 @@ def test_factors_are_similar_to_what_they_were_trained_from_and_to_nothing_else(
 
 def test_factors_of_another_rank_are_not_similar() -> None:
     assert factor_similarity({"m": update()}, {"m": update(5)}) == 0.0
+
+
+def test_factors_are_compared_where_the_reference_has_entries() -> None:
+    strong, other = update(), update(seed=1)
+    mask = strong.A > 0.05
+    kept = LowRank(torch.where(mask, strong.A, 0.0), strong.B, strong.scale)
+    mixed = LowRank(torch.where(mask, strong.A, other.A), other.B, other.scale)
+    assert factor_cosine(mixed, kept) == pytest.approx(1.0)
+    assert factor_cosine(mixed, strong) < 0.95
+    assert factor_cosine(strong, LowRank(torch.zeros_like(strong.A), strong.B, strong.scale)) is None
+
+
+def test_modules_without_entries_have_no_part_in_the_median() -> None:
+    strong, empty = update(), LowRank(torch.zeros_like(update().A), update().B, 1.0)
+    assert factor_similarity({"a": strong, "b": strong, "c": strong}, {"a": empty, "b": empty, "c": strong}) > 0.99
+    assert factor_similarity({"a": strong}, {"a": empty}) == 0.0
 
 
 # Where a reference comes from

@@ -35,6 +35,7 @@ from peft_nlsr import (
 )
 from peft_nlsr.card import TAGS
 from peft_nlsr.nlsr import build_nlsr_patch
+from peft_nlsr.plots import save_plots
 from peft_nlsr.record import DIFF_NAME, fingerprint
 from peft_nlsr.registration import NLSRLoraConfig, forget, keep_with_adapter, register, unregister, wrap_trainer
 from peft_nlsr.report import REPORT_NAME, SafetyReport
@@ -225,6 +226,18 @@ def test_training_on_withdraws_the_claim_from_the_folder(
     assert_no_claim(tmp_path)
     assert "its weights are not the realigned ones" in caplog.text and "# Mine" in (tmp_path / README).read_text()
     assert NLSRConfig.from_pretrained(tmp_path) == model.nlsr_realignment.config
+
+
+def test_pictures_of_other_weights_do_not_stay(tmp_path: Path, model: PeftModel) -> None:
+    report = report_of(model.nlsr_realignment)
+    keep_with_adapter(model, model.nlsr_realignment, report)
+    drawn = set(save_plots(report, tmp_path))
+    (tmp_path / "mine.svg").write_bytes(b"")
+    model.save_pretrained(tmp_path)
+    assert drawn <= {path.name for path in tmp_path.iterdir()}
+    train_on(model)
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")] == ["mine.svg"]
 
 
 def test_a_claim_about_saved_weights_survives_nothing_else(tmp_path: Path, model: PeftModel) -> None:

@@ -12,6 +12,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_nlsr import files
 from peft_nlsr.errors import CorruptFileError
 from peft_nlsr.storage import TensorFile, replace_folder, require_finite, write_tensors
 
@@ -220,6 +221,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, given: Any, error:
     with pytest.raises(error, match=words):
         write_tensors(tmp_path / "file", {"w": (torch.float32, (2,))}, give)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"file": before} if before else {})
+
+
+def test_all_bytes_are_on_disk_before_the_file_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, sync = [], files.os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((files.os.fstat(descriptor).st_size, (tmp_path / "file").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    tensors = every_kind()
+    write_tensors(tmp_path / "file", specs_of(tensors), tensors.__getitem__)
+    assert synced == [((tmp_path / "file").stat().st_size, False)]
 
 
 def test_a_dtype_that_the_format_lacks_is_named(tmp_path: Path) -> None:

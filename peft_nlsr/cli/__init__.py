@@ -28,6 +28,12 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
 
 _AGAIN = "The same command again goes on where finished parts are kept (--resume, demo, extract), else it starts over."
 
+_NO_MEMORY = (
+    "memory ran out; nothing is half-written. Try smaller batches (--set nlsr_batch_size=4, or --batch-size), shorter "
+    "examples (--set max_length=256), --dtype bfloat16, --set offload=always, or --device balanced, which spreads the "
+    "model over all GPUs and the CPU's memory"
+)
+
 __all__ = ["EXIT_CODES", "app", "main"]
 
 app = typer.Typer(
@@ -74,10 +80,21 @@ def main() -> None:
         _fail("Not met", error, 3)
     except (PeftNLSRError, ValueError, OSError) as error:
         _fail("Error", error, 1)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail("Error", PeftNLSRError(_NO_MEMORY), 1)
     except SystemExit as end:
         if end.code == 130:
             say(f"Interrupted. Nothing is half-written. {_AGAIN}", "yellow")
         raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or for torch on the CPU."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(kind: str, error: Exception, code: int) -> None:

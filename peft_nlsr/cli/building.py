@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,6 +149,7 @@ def _described(record: dict[str, Any]) -> list[Any]:
         "reference": record["reference"]["description"],
         "score": f"{config['score']}, sparsity {config['sparsity']}, preset {config['preset']}",
         "modules": len(modules),
+        "cut of the sum": _cut(modules.values()),
         "ranks": ", ".join(map(str, sorted({g["rank"] for g in modules.values()}))),
     }
     kinds: dict[str, list[Any]] = {}
@@ -156,6 +158,14 @@ def _described(record: dict[str, Any]) -> list[Any]:
     rows = ((kind, str(len(found)), _kept(found, "A"), _kept(found, "B")) for kind, found in kinds.items())
     columns = ("module", "layers", "entries of A kept", "of B kept")
     return [key_values("safety patch", facts), table("safety-critical entries", *columns, rows=rows)]
+
+
+def _cut(geometries: Collection[Any]) -> str:
+    """By what a sum is cut to the adapter's rank with this patch."""
+    seen = sum(bool(geometry["inputs"]) for geometry in geometries)
+    if seen == len(geometries):
+        return "by what matters for the calibration inputs"
+    return f"by size alone in {len(geometries) - seen} modules: the patch has no calibration inputs for them"
 
 
 def _kept(geometries: list[Any], factor: str) -> str:

@@ -33,6 +33,9 @@ EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXI
 _SETTINGS = "settings"  # the name of --set's parameter, by which a command is known to take settings
 
 
+_FILE_PRESET = "preset of the settings file"
+
+
 class UnmetError(Exception):
     """A gate was closed or a verification failed: exit code 3; what was found has been said."""
 
@@ -151,6 +154,7 @@ def _read_settings_file(ctx: typer.Context, path: Path | None) -> Path | None:
     found = {_as_key(key): value for key, value in content.items()}
     ctx.default_map = {name: found[key] for key, name in options_by_key.items() if key in found}
     ctx.meta[_SETTINGS] = settings
+    ctx.meta[_FILE_PRESET] = content.get("preset")
     return path
 
 
@@ -197,7 +201,10 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def settings_of(ctx: typer.Context, preset: str, assignments: Iterable[str]) -> NLSRConfig:
-    """The preset, changed by the settings file, changed by ``--set``."""
+    """The preset, changed by the settings file, changed by ``--set``.
+
+    A file that names a preset is refused with another one, under whose name its settings would not be true.
+    """
     from ..config import NLSRConfig
 
     values: dict[str, Any] = dict(ctx.meta.get(_SETTINGS, {}))
@@ -210,8 +217,12 @@ def settings_of(ctx: typer.Context, preset: str, assignments: Iterable[str]) -> 
     if unknown:
         usage_error(f"--set {unknown[0]}: no such setting{_meant(unknown[0], _fields())}")
     changes = {name: _typed(name, value) for name, value in values.items()}
+    preset = str(changes.pop("preset", preset))
+    started = ctx.meta.get(_FILE_PRESET)
+    if started not in (None, preset):
+        usage_error(f"the settings file is of preset {started}, not {preset}; leave out one of the two")
     try:
-        return NLSRConfig.from_preset(str(changes.pop("preset", preset)), **changes)
+        return NLSRConfig.from_preset(preset, **changes)
     except ValueError as error:
         usage_error(str(error))
 
