@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from .adapters import LiveAdapter
 from .blocks import as_teacher
 from .evaluation import Evaluation, Measurement, evaluate
-from .examples import Example, batches_of, collate, knows_words
+from .examples import Example, batches_of, collate, knows_words, read_examples
 from .generation import pad_id, quiet
 from .judges import Judge
 from .offloading import input_device
@@ -29,7 +29,8 @@ from .report import SafetyReport
 
 logger = logging.getLogger(__name__)
 
-GUARDED = ("task_accuracy", "answer_accuracy", "coherence")
+ANSWERS = "answer_accuracy"
+GUARDED = ("task_accuracy", ANSWERS, "coherence")
 _CHECKED_ROWS = 128
 
 
@@ -82,6 +83,30 @@ def answer_accuracy(model: Any, examples: Sequence[Example], *, batch_size: int,
         right = ((guesses == labels) & counted).sum(1)
         shares += (right / counted.sum(1).clamp_min(1)).tolist()
     return Measurement.of_values(shares)
+
+
+def answered_rows(data: Iterable[Any] | None, tokenizer: Any) -> list[Example]:
+    """Some of the user's examples, those with answers, for :func:`with_answer_accuracy`."""
+    if data is None:
+        return []
+    rows = read_examples(data, tokenizer, limit=_CHECKED_ROWS, max_length=512)
+    return [row for row in rows if row.answer and len(row.tokens) > 1]
+
+
+def screened_out(planned: Realignment) -> set[int]:
+    """Positions of the user's rows that the safe teacher refused; their answers are meant to be lost."""
+    return set(planned.data.get("utility", {}).get("refused_rows", ()))
+
+
+def with_answer_accuracy(
+    found: Evaluation, model: Any, rows: Sequence[Example], tokenizer: Any, *, batch_size: int
+) -> Evaluation:
+    """The evaluation of a model with its accuracy on the answers of ``rows``; without it where there are none."""
+    rates = {name: rate for name, rate in found.rates.items() if name != ANSWERS}
+    if any(row.answer for row in rows):
+        with quiet(model):
+            rates[ANSWERS] = answer_accuracy(model, rows, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    return replace(found, rates=rates)
 
 
 @dataclass(frozen=True)
@@ -150,10 +175,7 @@ class Measure:
             progress=self.progress,
             adapter_name=adapter_name,
         )
-        if not any(e.answer for e in rows):
-            return found
-        right = answer_accuracy(model, rows, batch_size=self.batch_size, pad_id=pad_id(self.tokenizer))
-        return replace(found, rates=found.rates | {"answer_accuracy": right})
+        return with_answer_accuracy(found, model, rows, self.tokenizer, batch_size=self.batch_size)
 
 
 def measured(model: Any, planned: Realignment, measure: Measure, rows: Sequence[Example] = ()) -> Outcome:
@@ -170,7 +192,7 @@ def measured(model: Any, planned: Realignment, measure: Measure, rows: Sequence[
     sets = measure.prompt_sets()
     if not sets:
         return Outcome(planned, report, Verdict(), (), 0.0)
-    refused = set(planned.data.get("utility", {}).get("refused_rows", ()))
+    refused = screened_out(planned)
     checked = [e for e in rows if e.index not in refused][-_CHECKED_ROWS:]
     with quiet(model), torch.no_grad():
         before = measure.of(model, "fine-tuned", sets, checked, planned.adapter_name)

@@ -20,10 +20,9 @@ from typing import Any
 from .config import NLSRConfig
 from .errors import PeftNLSRError
 from .evaluation import Evaluation, Measurement
-from .examples import Example, read_examples
+from .examples import Example
 from .files import write_json
-from .gate import GUARDED, answer_accuracy
-from .generation import quiet
+from .gate import GUARDED, answered_rows, screened_out, with_answer_accuracy
 from .measuring import EvaluationSettings
 from .planning import Method, Planner
 from .prompt_sets import PromptSet, prompt_text
@@ -31,7 +30,6 @@ from .realign import apply, revert
 from .record import Realignment, versions
 from .report import metric, say_interval, say_value
 from .result_file import ResultFile, key_of
-from .screening import padding_of
 
 SCHEMA_VERSION = 1
 RESULT_NAME = "nlsr_tuning.json"
@@ -52,7 +50,6 @@ SPACES: dict[str, Space] = {
         "score": ("low_rank", "wanda"),
     },
 }
-_ROWS_CHECKED = 128
 _PROPOSALS = 10
 
 
@@ -257,7 +254,7 @@ class _Bench:
         self, planner: Planner, base: Method, search: EvaluationSettings, resume: str | os.PathLike[str] | None
     ) -> None:
         self.planner, self.base, self.search = planner, base, search
-        self.rows = _answered_rows(planner)
+        self.rows = answered_rows(planner.utility, planner.tokenizer)
         head = {**planner.made_with(), "evaluation": search.to_dict(), "base": base.made_with()}
         self.file = ResultFile(resume, head)
         self._before: Evaluation | None = None
@@ -308,7 +305,7 @@ class _Bench:
         return self.planner.plan(replace(self.base, config=config)).realignment
 
     def _measured(self, asked: EvaluationSettings, label: str, planned: Realignment) -> Evaluation:
-        refused = set(planned.data.get("utility", {}).get("refused_rows", ()))
+        refused = screened_out(planned)
         apply(self.planner.model, planned)
         try:
             return self._evaluate(asked, label, [e for e in self.rows if e.index not in refused])
@@ -319,12 +316,7 @@ class _Bench:
         planner = self.planner
         name = planner.adapter.info.adapter_name
         found = asked.evaluate(planner.model, planner.tokenizer, label, adapter_name=name, progress=planner.progress)
-        if not rows:
-            return found
-        padding = padding_of(planner.tokenizer)
-        with quiet(planner.adapter.model):
-            right = answer_accuracy(planner.model, rows, batch_size=asked.batch_size, pad_id=padding)
-        return replace(found, rates=found.rates | {"answer_accuracy": right})
+        return with_answer_accuracy(found, planner.model, rows, planner.tokenizer, batch_size=asked.batch_size)
 
 
 def losses(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, float]:
@@ -333,14 +325,6 @@ def losses(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) 
     if "over_refusal" in before and "over_refusal" in after:
         found["over_refusal"] = after["over_refusal"].value - before["over_refusal"].value
     return {name: max(0.0, loss) for name, loss in found.items()}
-
-
-def _answered_rows(planner: Planner) -> list[Example]:
-    """Some of the user's examples, those with answers."""
-    if planner.utility is None:
-        return []
-    rows = read_examples(planner.utility, planner.tokenizer, limit=_ROWS_CHECKED, max_length=512)
-    return [row for row in rows if row.answer and len(row.tokens) > 1]
 
 
 _Propose = Callable[[Space, int, int, Callable[[Settings], float]], None]
