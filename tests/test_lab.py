@@ -444,14 +444,14 @@ class TestStudy:
     def test_page_and_tables_say_what_was_refused(self):
         from rich.console import Console
 
-        from peft_nlsr.cli import demo
+        from peft_nlsr.cli.demo import _study_tables, study_page
 
         report = study.study_report(
             [self.row(0, 0.2), self.row(1)], Lab(), {"seeds": 2, "poison": 0.05, "prompts": 10}
         )
-        assert "1 of 2 seeds refused: no 1" in demo.study_page(report)
+        assert "1 of 2 seeds refused: no 1" in study_page(report)
         console = Console(width=80, file=io.StringIO())
-        console.print(*demo._study_tables(report))
+        console.print(*_study_tables(report))
         assert "m (1 of 2 refused)" in console.file.getvalue()
 
 
