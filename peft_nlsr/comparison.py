@@ -459,8 +459,14 @@ class _Run:
                 adapter_name=self.adapter_name,
                 progress=self.planner.progress,
             )
-        found, tokenizer = replace(self._measured[weights], label=label), self.planner.tokenizer
-        return with_answer_accuracy(found, self.model, rows, tokenizer, batch_size=self.evaluation.batch_size)
+        return with_answer_accuracy(
+            replace(self._measured[weights], label=label),
+            self.model,
+            rows,
+            self.planner.tokenizer,
+            batch_size=self.evaluation.batch_size,
+            adapter_name=self.adapter_name,
+        )
 
     def _kept(self, key: str) -> Row | None:
         values = self.file.get(key)

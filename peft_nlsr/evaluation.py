@@ -185,7 +185,7 @@ def evaluate(
     metric = compute_metrics or exact_match
     if task is not None:
         _task_scores(task.answers or (), task, metric)  # tried on the right answers before anything is asked
-    with _answering(model, adapter_name) as speaker:
+    with answering(model, adapter_name) as speaker:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(speaker)
         session = _Session(speaker, tokenizer, template, max_new_tokens, batch_size, progress)
         answers = session.ask(sets, resume)
@@ -239,7 +239,7 @@ def collect_baseline(
     The other arguments are those of :func:`evaluate`.
     """
     prompts = prompts if prompts is not None else builtin_prompt_set("benign")
-    with _answering(model, adapter_name) as speaker:
+    with answering(model, adapter_name) as speaker:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(speaker)
         session = _Session(speaker, tokenizer, template, max_new_tokens, batch_size, progress)
         given = None if prompts.answers is None else _answer_tokens(prompts, tokenizer)
@@ -467,7 +467,7 @@ def _require_sets(prompts: Sequence[PromptSet] | None, task: PromptSet | None) -
 
 
 @contextmanager
-def _answering(model: Any, adapter_name: str | None) -> Iterator[Any]:
+def answering(model: Any, adapter_name: str | None) -> Iterator[Any]:
     """The bare model in eval mode, with the named adapter active; afterwards everything is as it was."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if getattr(bare.config, "is_encoder_decoder", False):
@@ -506,9 +506,8 @@ def _fingerprint(model: Any) -> str | None:
     except (PeftNLSRError, ValueError):  # another kind of adapter, or several: evaluated all the same
         return None
     off = any(layer.disable_adapters for layer in adapter.layers.values())
-    return (
-        None if off or any(hasattr(update.A, "full_tensor") for update in adapter.values()) else fingerprint(adapter)
-    )
+    sharded = any(hasattr(update.A, "full_tensor") for update in adapter.values())
+    return None if off or sharded else fingerprint(adapter)
 
 
 def _task_scores(responses: Sequence[str], task: PromptSet, metric: Metric) -> dict[str, float | bool]:

@@ -15,7 +15,7 @@ import torch
 
 from .adapters import LiveAdapter
 from .blocks import as_teacher
-from .evaluation import Evaluation, Measurement, evaluate
+from .evaluation import Evaluation, Measurement, answering, evaluate
 from .examples import Example, batches_of, collate, knows_words, read_examples
 from .generation import pad_id, quiet
 from .judges import Judge
@@ -99,13 +99,22 @@ def screened_out(planned: Realignment) -> set[int]:
 
 
 def with_answer_accuracy(
-    found: Evaluation, model: Any, rows: Sequence[Example], tokenizer: Any, *, batch_size: int
+    found: Evaluation,
+    model: Any,
+    rows: Sequence[Example],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    adapter_name: str | None = None,
 ) -> Evaluation:
-    """The evaluation of a model with its accuracy on the answers of ``rows``; without it where there are none."""
+    """The evaluation of a model with its accuracy on the answers of ``rows``; without it where there are none.
+
+    The named adapter answers, or the active one.
+    """
     rates = {name: rate for name, rate in found.rates.items() if name != ANSWERS}
     if any(row.answer for row in rows):
-        with quiet(model):
-            rates[ANSWERS] = answer_accuracy(model, rows, batch_size=batch_size, pad_id=pad_id(tokenizer))
+        with answering(model, adapter_name) as speaker:
+            rates[ANSWERS] = answer_accuracy(speaker, rows, batch_size=batch_size, pad_id=pad_id(tokenizer))
     return replace(found, rates=rates)
 
 
@@ -175,7 +184,9 @@ class Measure:
             progress=self.progress,
             adapter_name=adapter_name,
         )
-        return with_answer_accuracy(found, model, rows, self.tokenizer, batch_size=self.batch_size)
+        return with_answer_accuracy(
+            found, model, rows, self.tokenizer, batch_size=self.batch_size, adapter_name=adapter_name
+        )
 
 
 def measured(model: Any, planned: Realignment, measure: Measure, rows: Sequence[Example] = ()) -> Outcome:

@@ -316,7 +316,9 @@ class _Bench:
         planner = self.planner
         name = planner.adapter.info.adapter_name
         found = asked.evaluate(planner.model, planner.tokenizer, label, adapter_name=name, progress=planner.progress)
-        return with_answer_accuracy(found, planner.model, rows, planner.tokenizer, batch_size=asked.batch_size)
+        return with_answer_accuracy(
+            found, planner.model, rows, planner.tokenizer, batch_size=asked.batch_size, adapter_name=name
+        )
 
 
 def losses(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> dict[str, float]:

@@ -25,6 +25,8 @@ from peft_nlsr import (
     measuring,
 )
 from peft_nlsr.controls import CONTROLS
+from peft_nlsr.examples import read_examples
+from peft_nlsr.generation import generate_answers
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()
@@ -71,6 +73,14 @@ def safe(make_pico_lora: MakeLora) -> dict[str, LowRank]:
 
 def methods(safe: Any) -> list[Method]:
     return [Method("sum", quick(update="sum"), reference=safe), Method("two-teacher", quick())]
+
+
+def spoken(model: PeftModel, asked: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The requests, tokenised, with the model's own answers: it predicts every token of them."""
+    examples = read_examples(iter(asked), TOKENIZER, limit=len(asked), max_length=64)
+    prompts = [example.prompt for example in examples]
+    answers = generate_answers(model, TOKENIZER, prompts, max_new_tokens=4, batch_size=8)
+    return [{"prompt_ids": p, "completion_ids": a} for p, a in zip(prompts, answers, strict=True)]
 
 
 def _norm(model: PeftModel) -> float:
@@ -165,10 +175,9 @@ class TestCompare:
 
     def test_with_utility_data_every_row_has_the_accuracy_on_its_answers(self, model: PeftModel, safe: Any) -> None:
         from peft_nlsr import nlsr_realign
-        from peft_nlsr.examples import read_examples
         from peft_nlsr.gate import answer_accuracy
 
-        given = {**DATA, "utility": rows(8, poisoned=[1, 5])}
+        given = {**DATA, "utility": spoken(model, rows(8, poisoned=[1, 5]))}
         found = compare(model, methods(safe), controls=("random",), **given)
         assert all("answer_accuracy" in row.evaluation.rates for row in found.rows if row.evaluation is not None)
         assert "| answer accuracy, % |" in found.to_markdown()
@@ -179,10 +188,24 @@ class TestCompare:
             return answer_accuracy(model, examples, batch_size=4, pad_id=0).value
 
         tuned, taught = (found.evaluation(name).rates["answer_accuracy"] for name in ("fine-tuned", "two-teacher"))
-        assert tuned.value == pytest.approx(right(())) and (tuned.n, taught.n) == (8, 6)
+        assert tuned.value == 1.0 and (tuned.n, taught.n) == (8, 6)
         data = {key: given[key] for key in ("calibration", "utility", "tokenizer", "progress")}
         nlsr_realign(model, quick(), judge=refuses_attacks, **data)
-        assert taught.value == pytest.approx(right((1, 5)))
+        assert taught.value == pytest.approx(right((1, 5))) and right((1, 5)) != right(())
+
+    def test_the_compared_adapter_answers_and_not_the_active_one(self, model: PeftModel, safe: Any) -> None:
+        asked = [Method("sum", quick(update="sum", score="magnitude"), reference=safe)]
+        given = {**DATA, "utility": spoken(model, rows(8))}
+        alone = compare(model, asked, controls=(), **given)
+        assert alone.rows[0].evaluation is not None
+        assert alone.rows[0].evaluation.rates["answer_accuracy"].value == 1.0
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        beside = compare(model, asked, controls=(), adapter_name="default", **given)
+        assert model.active_adapter == "other"
+        pairs = zip(alone.rows, beside.rows, strict=True)
+        assert all(one.evaluation.rates == other.evaluation.rates for one, other in pairs)
+        assert all(one.evaluation.settings["fingerprint"] == one.fingerprint for one in beside.rows)
 
     def test_without_utility_data_there_is_no_such_column(self, model: PeftModel, safe: Any) -> None:
         found = compare(model, methods(safe)[:1], controls=(), **{**DATA, "utility": None})
