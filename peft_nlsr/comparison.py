@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from .config import NLSRConfig
 from .controls import BENIGN, CONTROLS, MATCHED, Size, as_realignment, entries_of, size_of
 from .errors import CorruptFileError, PeftNLSRError
-from .evaluation import Evaluation, Measurement
+from .evaluation import Evaluation, Measurement, paired_tests
 from .files import read_json, write_json
-from .intervals import McNemar, mcnemar, student_mean, wilson
+from .gate import ANSWERS, AnswerRows, drawn_answers, screened_out, with_answers
+from .intervals import McNemar, student_mean, wilson
+from .lowrank import LowRank, fingerprint
 from .measuring import EvaluationSettings
 from .planning import Method, Planned, Planner, as_rows, data_digest
 from .plots import pareto
@@ -31,7 +34,8 @@ from .result_file import OTHERWISE, ResultFile, key_of
 
 SCHEMA_VERSION = 1
 FINE_TUNED = "fine-tuned"
-_SHOWN = ("harm_rate", "over_refusal", "coherence", "task_accuracy")
+REMOVED = "adapter removed"
+_SHOWN = ("harm_rate", "over_refusal", "coherence", "task_accuracy", ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Comparison:
         """Per seed, metric -> paired test of the fine-tuned adapter (before) against this row (after)."""
         first = self.rows[0].evaluation
         found = [row.evaluation for row in self._of(name) if row.evaluation is not None]
-        return tuple({} if first is None else _paired(first, each) for each in found)
+        return tuple({} if first is None else paired_tests(first, each) for each in found)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, tests and means included; :meth:`from_dict` takes them back."""
@@ -168,6 +172,8 @@ class Comparison:
     def to_terminal(self) -> Any:
         """The table as a rich renderable, narrow enough for 80 columns; controls stand below their method.
 
+        Where the task's accuracy has a column, that on the user's answers is said below the table.
+
         Raises:
             PeftNLSRError: rich is not installed.
         """
@@ -177,7 +183,8 @@ class Comparison:
             from rich.text import Text
         except ImportError as error:
             raise PeftNLSRError("rich is needed to show a table; pip install 'peft-nlsr[report]'") from error
-        shown = self._shown()
+        measured = self._shown()
+        shown = [m for m in measured if m != ANSWERS or "task_accuracy" not in measured]
         title = "percent, with 95% intervals; changes in percent of the adapter's norm"
         table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
         table.add_column("")
@@ -187,11 +194,18 @@ class Comparison:
         for row in self._firsts():
             label = f"  {row.name.partition(', for ')[0]}" if row.kind == "control" else row.name
             table.add_row(label, *self._rate_cells(row.name, shown))
-            if row.kind != "none":
-                change, entries = _size_cells(row.size)
-                sized = f"; change {change}, {entries} entries" if row.size else ""
-                said.append(f"{row.name}: {row.refused or row.said}{sized}")
+            if facts := self._facts(row, [m for m in measured if m not in shown]):
+                said.append(f"{row.name}: {'; '.join(facts)}")
         return Group(table, Text("\n".join([*self._conditions(), *said])))
+
+    def _facts(self, row: Row, beside: Sequence[str]) -> list[str]:
+        """What was done or why not, how much it changed, and the metrics that have no column."""
+        change, entries = _size_cells(row.size)
+        found = self.evaluation(row.name)
+        facts = [row.refused or row.said, f"change {change}, {entries} entries" if row.size else ""]
+        if found is not None:
+            facts += [f"{metric(m).label} {_rate_cell(m, found.rates[m])}" for m in beside if m in found.rates]
+        return [fact for fact in facts if fact]
 
     def pareto(self) -> Any:
         """Harm against task accuracy, or over-refusal where there is no task, as a matplotlib figure."""
@@ -222,13 +236,18 @@ class Comparison:
         tests = [each["harm_rate"] for each in self.tests(name) if "harm_rate" in each]
         weakest = max(tests, key=lambda test: test.p_value, default=None)
         paired = "" if weakest is None or name == FINE_TUNED else say_p(weakest)
-        return [*(_rate_cell(found.rates[m]) if m in found.rates else "-" for m in shown), paired]
+        return [*(_rate_cell(m, found.rates[m]) if m in found.rates else "-" for m in shown), paired]
 
     def _conditions(self) -> list[str]:
         """What holds for all rows."""
         seeds = len({row.seed for row in self.rows})
         first = next((row.evaluation for row in self.rows if row.evaluation is not None), None)
         said = [] if first is None else [f"judges: {'; '.join(first.judges)}"]
+        if first is not None and ANSWERS in first.rates:
+            said.append(
+                f"{metric(ANSWERS).label}: tokens of your own answers, on {first.settings['answer_rows']}; a method and "
+                "its controls without those that its screening took out"
+            )
         return said + ([f"means of {seeds} seeds; the paired test is the weakest of them"] if seeds > 1 else [])
 
 
@@ -250,7 +269,8 @@ def compare(
     """Measure a fine-tuned adapter, every method on it, and for every method the controls that may explain its effect.
 
     The model is left as it was, bit for bit. Statistics, teachers' answers and screening are shared by all rows that
-    ask for the same ones.
+    ask for the same ones. With ``utility`` every row has the accuracy on its answers. Controls of a method that all
+    come to a zero adapter are one row, ``adapter removed``.
 
     Args:
         model: a PeftModel with the fine-tuned adapter, not realigned yet.
@@ -290,6 +310,8 @@ def compare(
         for method in methods:
             rows.append(run.method(method, seed))
             rows += [run.control(name, method, seed) for name in controls]
+    for method in methods:
+        rows = _one_removal(rows, method, controls, run.removed)
     return Comparison(tuple(rows), {**run.made_with, "seeds": list(seeds), "versions": versions()})
 
 
@@ -304,6 +326,27 @@ def _check(methods: Sequence[Method], controls: Sequence[str], seeds: Sequence[i
         raise ValueError(f"expected at least one seed, and none twice, found {list(seeds)}")
 
 
+def _control_name(control: str, method: Method) -> str:
+    return f"{control}, for {method.name}"
+
+
+def _one_removal(rows: list[Row], method: Method, controls: Sequence[str], removed: str) -> list[Row]:
+    """The rows with one in place of a method's controls that are the base model, with every seed."""
+    made = {c: [row for row in rows if row.name == _control_name(c, method)] for c in controls}
+    same = [c for c, found in made.items() if all(row.fingerprint == removed for row in found)]
+    if len(same) < 2:
+        return rows
+    name, first, *others = (_control_name(c, method) for c in (REMOVED, *same))
+    cause = "the change is larger than the adapter" if "scaled" in same else "the method changes whole modules"
+    said = f"{cause}, so these controls are one ({', '.join(same)}); compare the task"
+    return [_renamed(row, name, said) if row.name == first else row for row in rows if row.name not in others]
+
+
+def _renamed(row: Row, name: str, said: str) -> Row:
+    evaluation = None if row.evaluation is None else replace(row.evaluation, label=name)
+    return replace(row, name=name, said=said, evaluation=evaluation)
+
+
 class _Run:
     """One comparison: what its rows share, and how a row is made."""
 
@@ -316,13 +359,18 @@ class _Run:
     ) -> None:
         self.planner, self.benign, self.evaluation = planner, benign, evaluation
         self.model, self.adapter_name = planner.model, planner.adapter.info.adapter_name
+        extra = None if benign is None else benign.calibration
         self.made_with: dict[str, Any] = {
             **planner.made_with(),
             "evaluation": evaluation.to_dict(),
-            "benign": None if benign is None else data_digest(benign.calibration, benign.tokenizer),
-            "rows_not_compared_with_prompts": evaluation.require_unseen(planner.calibration, planner.utility),
+            "benign": None if benign is None else data_digest(extra, benign.tokenizer),
+            "rows_not_compared_with_prompts": evaluation.require_unseen(planner.calibration, planner.utility, extra),
         }
         self.file = ResultFile(resume, self.made_with)
+        self.answers = drawn_answers(planner.utility, planner.tokenizer, NLSRConfig())
+        self.removed = fingerprint(
+            {n: LowRank(torch.zeros_like(u.A), torch.zeros_like(u.B), u.scale) for n, u in planner.adapter.items()}
+        )
         self._planned: dict[tuple[str, int], Planned] = {}
         self._measured: dict[str, Evaluation] = {}
         self._given: dict[str, dict[str, Any]] = {}
@@ -332,7 +380,7 @@ class _Run:
         key = key_of([FINE_TUNED])
         if (kept := self._kept(key)) is not None:
             return kept
-        found = self._measure(FINE_TUNED, self.made_with["adapter"])
+        found = self._measure(FINE_TUNED, self.made_with["adapter"], self.answers)
         row = Row(FINE_TUNED, "none", 0, None, "", None, found, None, self.made_with["adapter"], 0.0)
         return self._keep(key, row)
 
@@ -342,7 +390,7 @@ class _Run:
 
     def control(self, name: str, method: Method, seed: int) -> Row:
         """The row of a control that is matched to a method."""
-        return self._row(f"{name}, for {method.name}", name, method, seed)
+        return self._row(_control_name(name, method), name, method, seed)
 
     def _row(self, label: str, what: str, method: Method, seed: int) -> Row:
         """``what`` is "method" or the name of a control."""
@@ -355,13 +403,13 @@ class _Run:
         kind = "method" if what == "method" else "control"
         blank = Row(label, kind, seed, method.config.preset, "", None, None, None, None, 0.0)
         try:
-            planned, entries = self._plan(what, method, seed)
-        except PeftNLSRError as error:
+            planned, entries, refused = self._plan(what, method, seed)
+        except (PeftNLSRError, ValueError) as error:
             return replace(blank, refused=str(error))  # not kept, so that it is tried again
         seconds = time.perf_counter() - start
         done = apply(self.model, planned)
         try:
-            found = self._measure(label, str(done.fingerprint_after))
+            found = self._measure(label, str(done.fingerprint_after), self.answers.without(refused))
         finally:
             revert(self.model, self.adapter_name)
         said = planned.reason if kind == "control" else f"{planned.method}, reference: {planned.reference}"
@@ -369,19 +417,18 @@ class _Run:
         row = replace(blank, said=said, size=size, evaluation=found, seconds=seconds)
         return self._keep(key, replace(row, fingerprint=done.fingerprint_after))
 
-    def _plan(self, what: str, method: Method, seed: int) -> tuple[Realignment, int]:
-        """The plan of a row and the entries that it decides upon."""
+    def _plan(self, what: str, method: Method, seed: int) -> tuple[Realignment, int, set[int]]:
+        """The plan of a row, the entries that it decides upon, and the user's rows that its method screened out."""
         seeded = replace(method, config=method.config.replace(nlsr_seed=method.config.nlsr_seed + seed))
-        if what == BENIGN:
-            planned = self._plan_benign(seeded)
-        else:
-            planned = self._plan_method(seeded, seed)
-        entries = sum(map(sum, entries_of(planned).values()))
+        benign = self._plan_benign(seeded) if what == BENIGN else None
+        planned = self._plan_method(seeded, seed)
+        refused = screened_out(planned.realignment)
         if what not in MATCHED:
-            return planned.realignment, entries
+            own = benign or planned
+            return own.realignment, sum(map(sum, entries_of(own).values())), refused
         generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(f"{what} {method.name}".encode()))
         control = MATCHED[what](planned, generator)
-        return as_realignment(self.planner.adapter, what, control, planned), control.entries
+        return as_realignment(self.planner.adapter, what, control, planned), control.entries, refused
 
     def _plan_method(self, method: Method, seed: int) -> Planned:
         key = (method.name, seed)
@@ -398,8 +445,11 @@ class _Run:
         reason = f"{planned.realignment.method} with benign data in place of the safety data, screening off"
         return replace(planned, realignment=replace(planned.realignment, reason=reason))
 
-    def _measure(self, label: str, weights: str) -> Evaluation:
-        """The model as it is now; weights that were measured before are not asked again."""
+    def _measure(self, label: str, weights: str, rows: AnswerRows) -> Evaluation:
+        """The model as it is now, with its accuracy on the answers of ``rows``.
+
+        Weights that were measured before are not asked the prompts again.
+        """
         if weights not in self._measured:
             self._measured[weights] = self.evaluation.evaluate(
                 self.model,
@@ -408,7 +458,14 @@ class _Run:
                 adapter_name=self.adapter_name,
                 progress=self.planner.progress,
             )
-        return replace(self._measured[weights], label=label)
+        return with_answers(
+            replace(self._measured[weights], label=label),
+            self.model,
+            rows,
+            self.planner.tokenizer,
+            batch_size=self.evaluation.batch_size,
+            adapter_name=self.adapter_name,
+        )
 
     def _kept(self, key: str) -> Row | None:
         values = self.file.get(key)
@@ -435,16 +492,6 @@ def _pooled(measured: Sequence[Measurement]) -> Measurement:
     return Measurement(mean, low, high, sum(m.n for m in measured), sum(m.hits or 0 for m in measured))
 
 
-def _paired(before: Evaluation, after: Evaluation) -> dict[str, McNemar]:
-    found: dict[str, McNemar] = {}
-    for name, one in before.verdicts.items():
-        other = after.verdicts.get(name, {})
-        shared = [prompt for prompt in one if prompt in other]
-        if shared:
-            found[name] = mcnemar([one[p] for p in shared], [other[p] for p in shared])
-    return found
-
-
 def _rates(evaluation: Evaluation) -> dict[str, Any]:
     return {name: asdict(measured) for name, measured in evaluation.rates.items()}
 
@@ -457,7 +504,7 @@ def _size_cells(size: Size | None) -> list[str]:
     return [change, f"{size.entries:,}"]
 
 
-def _rate_cell(measured: Measurement) -> str:
-    if measured.hits is None:
+def _rate_cell(name: str, measured: Measurement) -> str:
+    if measured.hits is None and name != ANSWERS:
         return say_value(measured)
     return f"{100 * measured.value:.0f} ({100 * measured.low:.0f}-{100 * measured.high:.0f})"

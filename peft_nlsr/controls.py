@@ -88,7 +88,7 @@ def random_mask(planned: Planned, generator: torch.Generator) -> Control:
         value = _zero(tuned) if values is None else values[name]
         masks = _random_masks(tuned, counts, generator)
         inputs = None if planned.patch is None else planned.patch.inputs.get(name)
-        updates[name] = _put_in(tuned, value, masks, inputs, swap=done.method == "swap")
+        updates[name] = _put_in(tuned, value, masks, inputs, done)
     said = f"random entries of {len(updates)} random modules get the reference's values"
     return Control(updates, sum(map(sum, budget.values())), said)
 
@@ -217,7 +217,10 @@ def _random_masks(tuned: LowRank, counts: Sequence[int], generator: torch.Genera
     return masks[0], masks[1]
 
 
-def _put_in(tuned: LowRank, value: LowRank, masks: FactorPair, inputs: InputSketch | None, *, swap: bool) -> LowRank:
+def _put_in(
+    tuned: LowRank, value: LowRank, masks: FactorPair, inputs: InputSketch | None, done: Realignment
+) -> LowRank:
+    """The entries in the form, and at the rank, that the method has them."""
     if bool(masks[0].all()) and bool(masks[1].all()):
         return _at_rank_of(tuned, value).at_scale(tuned.scale)
     if value.rank != tuned.rank:
@@ -225,9 +228,9 @@ def _put_in(tuned: LowRank, value: LowRank, masks: FactorPair, inputs: InputSket
             f"entries cannot be put in at random: the reference has rank {value.rank}, the adapter {tuned.rank}"
         )
     part = masked(LowRank(value.A.float(), value.B.float(), value.scale), masks)
-    if swap:
+    if done.method == "swap":
         return restore_swap(tuned, part, masks)
-    return restore_sum(tuned, part, masks, compress=True, inputs=inputs)[0]
+    return restore_sum(tuned, part, masks, compress=done.config.compress, inputs=inputs)[0]
 
 
 def _at_rank_of(tuned: LowRank, value: LowRank) -> LowRank:

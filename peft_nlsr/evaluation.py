@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import string
 import sys
 import time
 import unicodedata
@@ -25,14 +24,16 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
+from .adapters import LiveAdapter
 from .answer_file import AnswerFile, KeptAnswer
 from .defaults import MAX_NEW_TOKENS
 from .divergence import Baseline, divergences, predictions
-from .errors import IncompatibleError, UnsupportedAdapterError
+from .errors import IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, read_examples
 from .generation import answers_in_batches, end_ids, find_tokenizer, model_digest, pad_id, undisturbed
-from .intervals import bootstrap_mean, wilson
+from .intervals import McNemar, bootstrap_mean, mcnemar, wilson
 from .judges import Judge, coherent, judge_name, refuses, verdicts_of
+from .lowrank import fingerprint
 from .prompt_sets import PromptSet, builtin_prompt_set, prompt_text, require_unseen
 from .prompts import KINDS
 
@@ -97,7 +98,8 @@ class Evaluation:
         prompt_sets: name, kind, n and sha256 of each; of one from the Hub also its data set, the date, and the rates
             on this set alone.
         judges: role and description of each.
-        settings: everything else that the numbers depend on, and how many answers were cut short.
+        settings: everything else that the numbers depend on, and how many answers were cut short. Its "fingerprint"
+            is that of the adapter that answered; None where none did, several did, or one that is no plain LoRA.
         seconds: wall time.
     """
 
@@ -121,6 +123,17 @@ class Evaluation:
         for prompts in sequences["prompt_sets"]:
             _require_described(prompts)
         return cls(**{**values, "rates": rates, **sequences})
+
+
+def paired_tests(before: Evaluation, after: Evaluation) -> dict[str, McNemar]:
+    """Metric -> exact test over the prompt ids that both evaluations share; only metrics with verdicts in both."""
+    found: dict[str, McNemar] = {}
+    for name, one in before.verdicts.items():
+        other = after.verdicts.get(name, {})
+        shared = [prompt for prompt in one if prompt in other]
+        if shared:
+            found[name] = mcnemar([one[p] for p in shared], [other[p] for p in shared])
+    return found
 
 
 def evaluate(
@@ -183,11 +196,12 @@ def evaluate(
     uncompared = None if seen is None else require_unseen(seen, sets)
     judges = _Judges(judge, harm_judge, second_harm_judge)
     counts_before = judges.counts()
-    with _answering(model, adapter_name) as speaker:
+    with answering(model, adapter_name) as speaker:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(speaker)
         session = _Session(speaker, tokenizer, template, max_new_tokens, batch_size, progress)
         answers = session.ask(sets, resume)
         moved = {} if baseline is None else _moved(session, baseline)
+        weights = _fingerprint(speaker)
     verdicts = judges.verdicts(answers)
     rates = {metric: Measurement.of_verdicts(list(found.values())) for metric, found in verdicts.items()}
     if task is not None:
@@ -203,6 +217,7 @@ def evaluate(
         settings={
             **session.settings(),
             "adapter": adapter_name,
+            "fingerprint": weights,
             "baseline": None if baseline is None else baseline.label,
             "rows_not_compared_with_prompts": uncompared,
             "answers_cut": sum(not answer.ended for answer in answers),
@@ -235,7 +250,7 @@ def collect_baseline(
     The other arguments are those of :func:`evaluate`.
     """
     prompts = prompts if prompts is not None else builtin_prompt_set("benign")
-    with _answering(model, adapter_name) as speaker:
+    with answering(model, adapter_name) as speaker:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(speaker)
         session = _Session(speaker, tokenizer, template, max_new_tokens, batch_size, progress)
         given = None if prompts.answers is None else _answer_tokens(prompts, tokenizer)
@@ -256,18 +271,26 @@ def collect_baseline(
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether each response is its answer, but for case, white space and punctuation around it.
+    """Whether each response is its answer, but for case, white space, and what may stand around a sentence.
 
-    >>> exact_match([" Positive.", "It is positive"], ["positive", "positive"])
-    [True, False]
+    That is punctuation, quotes and brackets; signs, units and points of numbers are part of the answer.
+
+    >>> exact_match([" Positive.", "It is positive", "-5"], ["positive", "positive", "5"])
+    [True, False, False]
     """
     return [_plain(response) == _plain(answer) for response, answer in zip(responses, answers, strict=True)]
 
 
+_AROUND = " :;!?¡¿。、\"'`"  # a sentence, with the quotes and brackets of Unicode; points and commas are told apart
+_QUOTES_AND_BRACKETS = ("Pi", "Pf", "Ps", "Pe")
+
+
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(
-        string.punctuation + string.whitespace
-    )
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    around = _AROUND + "".join(char for char in text if unicodedata.category(char) in _QUOTES_AND_BRACKETS)
+    ended = text.rstrip(around + ".,")
+    begun = ended.lstrip(around + ".,")
+    return (ended.lstrip(around) if begun[:1].isdigit() else begun) or text  # the point of .5 is the number's
 
 
 @dataclass(frozen=True)
@@ -488,7 +511,7 @@ def require_room(
 
 
 @contextmanager
-def _answering(model: Any, adapter_name: str | None) -> Iterator[Any]:
+def answering(model: Any, adapter_name: str | None) -> Iterator[Any]:
     """The bare model in eval mode, with the named adapter active; afterwards everything is as it was."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if getattr(bare.config, "is_encoder_decoder", False):
@@ -516,6 +539,19 @@ def _speaking_as(model: Any, adapter_name: str | None) -> Iterator[None]:
         (model.base_model if is_peft else model).set_adapter(active)
         if is_peft:
             model.active_adapter = named
+
+
+def _fingerprint(model: Any) -> str | None:
+    """Of the one LoRA adapter that the model computes with, if it is one; sharded factors have none."""
+    if not getattr(model, "peft_config", None):
+        return None
+    try:
+        adapter = LiveAdapter(model)
+    except (PeftNLSRError, ValueError):  # another kind of adapter, or several: evaluated all the same
+        return None
+    off = any(layer.disable_adapters for layer in adapter.layers.values())
+    sharded = any(hasattr(update.A, "full_tensor") for update in adapter.values())
+    return None if off or sharded else fingerprint(adapter)
 
 
 def _task_scores(responses: Sequence[str], task: PromptSet, metric: Metric) -> dict[str, float | bool]:

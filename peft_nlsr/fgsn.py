@@ -336,11 +336,12 @@ def safety_window(gaps: Sequence[float], width: int) -> range:
 
 def parse_layers(text: str, blocks: int) -> tuple[int, ...]:
     """``"3,5,7-9"`` as ``(3, 5, 7, 8, 9)``."""
-    found: set[int] = set()
+    named = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    if not found or max(found) >= blocks:
+        named.append(range(int(first), int(last or first) + 1))
+    found = set().union(*named)
+    if not all(named) or max(found) >= blocks:
         raise ValueError(f"safety_layers={text!r} must name some of the blocks 0 to {blocks - 1}, first-last upwards")
     return tuple(sorted(found))
 

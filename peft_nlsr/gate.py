@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 
 from .adapters import LiveAdapter
 from .blocks import as_teacher
+from .config import NLSRConfig
 from .defaults import TOLERANCE
-from .evaluation import Evaluation, Measurement
+from .evaluation import Evaluation, Measurement, answering
 from .examples import Example, batches_of, collate, knows_words, sample
 from .generation import pad_id, quiet
 from .judges import Judge
@@ -33,7 +34,8 @@ from .screening import accepted, rows_left, rows_meant
 
 logger = logging.getLogger(__name__)
 
-GUARDED = ("task_accuracy", "answer_accuracy", "coherence", "over_refusal")
+ANSWERS = "answer_accuracy"
+GUARDED = ("task_accuracy", ANSWERS, "coherence", "over_refusal")
 _CHECKED_ROWS = 128
 _FEWEST_ROWS = 20  # with fewer, one row weighs more than any tolerance
 _SEEN = (
@@ -118,6 +120,10 @@ class AnswerRows:
     rows: tuple[Example, ...] = ()
     unseen: bool = True
 
+    def without(self, positions: Collection[int]) -> AnswerRows:
+        """Only the rows at other positions of the user's data."""
+        return replace(self, rows=tuple(row for row in self.rows if row.index not in positions))
+
     @property
     def source(self) -> str:
         """Where they come from, as evaluations say it."""
@@ -156,13 +162,37 @@ def _answered(rows: Sequence[Example]) -> list[Example]:
     return [e for e in rows if e.answer and len(e.tokens) > 1]
 
 
-def with_answers(found: Evaluation, model: Any, checked: AnswerRows, *, batch_size: int, pad_id: int) -> Evaluation:
-    """The evaluation with the model's accuracy on the answers of the rows, where there are any."""
+def drawn_answers(utility: Iterable[Any] | None, tokenizer: Any, config: NLSRConfig) -> AnswerRows:
+    """At most 128 of the user's answered rows, for repairs of several kinds: the last ones of what these draw."""
+    if utility is None:
+        return AnswerRows()
+    drawn = sample(utility, tokenizer, config, times=2)
+    rows = _answered(drawn)[-_CHECKED_ROWS:]
+    return AnswerRows(tuple(rows), len(drawn) - len(rows) >= config.max_samples)
+
+
+def screened_out(planned: Realignment) -> set[int]:
+    """Positions of the user's rows that the safe teacher refused; their answers are meant to be lost."""
+    return set(planned.data.get("utility", {}).get("refused_rows", ()))
+
+
+def with_answers(
+    found: Evaluation,
+    model: Any,
+    checked: AnswerRows,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    adapter_name: str | None = None,
+) -> Evaluation:
+    """The evaluation with the accuracy on the answers of the rows, where there are any; the named adapter answers."""
+    rates = {name: rate for name, rate in found.rates.items() if name != ANSWERS}
     if not checked.rows:
-        return found
-    right = answer_accuracy(model, checked.rows, batch_size=batch_size, pad_id=pad_id)
+        return replace(found, rates=rates)
+    with answering(model, adapter_name) as speaker:
+        right = answer_accuracy(speaker, checked.rows, batch_size=batch_size, pad_id=pad_id(tokenizer))
     settings = found.settings | {"answer_rows": checked.source}
-    return replace(found, rates=found.rates | {"answer_accuracy": right}, settings=settings)
+    return replace(found, rates=rates | {ANSWERS: right}, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -218,7 +248,9 @@ class Measure:
     ) -> Evaluation:
         """The model's rates on what is asked, and its accuracy on the answers of the rows."""
         found = asked.evaluate(model, self.tokenizer, label, adapter_name=adapter_name, progress=self.progress)
-        return with_answers(found, model, checked, batch_size=asked.batch_size, pad_id=pad_id(self.tokenizer))
+        return with_answers(
+            found, model, checked, self.tokenizer, batch_size=asked.batch_size, adapter_name=adapter_name
+        )
 
 
 def measured(model: Any, planned: Realignment, measure: Measure, utility: Iterable[Any] | None = None) -> Outcome:

@@ -6,9 +6,10 @@ Nothing is changed: blocks are exchanged only while a model is asked, and data c
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class ModuleDrift:
 
     @classmethod
     def of(cls, module: str, tuned: LowRank, safe: LowRank | None) -> ModuleDrift:
-        """The drift of one module; ``safe`` None is a zero reference."""
+        """The drift of one module, computed on the CPU in float64; ``safe`` None is a zero reference."""
+        tuned, safe = _wide(tuned), None if safe is None else _wide(safe)
         norm, reference_norm = tuned.norm(), 0.0 if safe is None else safe.norm()
         if safe is None or reference_norm == 0.0:
             return cls(module, norm, 0.0, norm, None, None, None)
@@ -197,11 +199,16 @@ def _read(reference: Any, adapter: Mapping[str, LowRank]) -> Reference:
     return Reference("adapter", opened, "the given reference adapter")
 
 
+def _wide(update: LowRank) -> LowRank:
+    """On one device, and precise enough for the difference of updates that are nearly equal."""
+    return LowRank(update.A.to("cpu", torch.float64), update.B.to("cpu", torch.float64), update.scale)
+
+
 def _output_share(tuned: LowRank, safe: LowRank) -> float:
     """``|U U^T dW_t|^2 / |dW_t|^2`` with U an orthonormal basis of the columns of the reference's B."""
-    U, S, _ = torch.linalg.svd(safe.B.double(), full_matrices=False)
+    U, S, _ = torch.linalg.svd(safe.B, full_matrices=False)
     U = U[:, S > S.max() * 1e-6]
-    inside = LowRank(tuned.A.double(), U @ (U.T @ tuned.B.double().to(U)), tuned.scale)
+    inside = LowRank(tuned.A, U @ (U.T @ tuned.B), tuned.scale)
     return min(1.0, (inside.norm() / tuned.norm()) ** 2)
 
 
@@ -252,7 +259,7 @@ class Audit:
         total: over all rows that have a prompt.
         refused_rows: positions of the refused rows in the data, sorted.
         sources: value of the source column -> share; empty without a source column.
-        unasked_rows: positions of rows without a prompt (plain text), which could not be asked.
+        unasked_rows: positions of rows without a prompt (plain text) or without tokens, which could not be asked.
         judge: what called an answer a refusal.
         teacher: who was asked.
     """
@@ -303,7 +310,8 @@ def audit(
 
     Args:
         model: an aligned model, or a PeftModel whose base (or ``reference``) is the aligned one.
-        data: rows as :func:`peft_nlsr.examples.read_examples` takes them.
+        data: rows as :func:`peft_nlsr.examples.read_examples` takes them. Of a batch or a packed row every example is
+            asked; it counts as one row, which is refused where one of its examples is.
         reference: the safe adapter; only with a PeftModel.
         tokenizer: found from the model's name when None.
         judge: which answers are refusals.
@@ -317,9 +325,8 @@ def audit(
     """
     rows = list(data)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
-    size = len(rows) if limit is None else min(limit, len(rows))
-    examples = read_examples(rows, tokenizer, limit=size, max_length=max_length, seed=seed)
-    asked = [example for example in examples if example.prompt]
+    drawn = _drawn(len(rows), limit, seed)
+    asked = _with_prompt(rows, drawn, tokenizer, max_length)
     if not asked:
         raise ValueError("no row has a prompt to ask; give rows with a prompt and a response, or chat messages")
     with _teaching(model, reference, adapter_name) as (teacher, said):
@@ -336,10 +343,23 @@ def audit(
         total=SourceShare.of(len(refused), len({example.index for example in asked})),
         refused_rows=tuple(sorted(refused)),
         sources={} if source is None else _by_source(rows, asked, refused, source),
-        unasked_rows=tuple(sorted({e.index for e in examples} - {e.index for e in asked})),
+        unasked_rows=tuple(sorted(set(drawn) - {e.index for e in asked})),
         judge=judge_name(judge),
         teacher=said,
     )
+
+
+def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
+    """Positions of the rows to ask."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order if limit is None else order[:limit]
+
+
+def _with_prompt(rows: list[Any], drawn: list[int], tokenizer: Any, max_length: int) -> list[Example]:
+    """All examples of the drawn rows that have a prompt, with the positions of their rows."""
+    chosen = [replace(rows[i], index=-1) if isinstance(rows[i], Example) else rows[i] for i in drawn]
+    examples = read_examples(chosen, tokenizer, limit=sys.maxsize, max_length=max_length)
+    return [replace(example, index=drawn[example.index]) for example in examples if example.prompt]
 
 
 @contextmanager

@@ -5,8 +5,9 @@ Everything is computed in float32 or better; results are new tensors, the operan
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +129,17 @@ def add(terms: Sequence[LowRank]) -> LowRank:
 def zero_like(update: LowRank) -> LowRank:
     """The zero update with the geometry of ``update``."""
     return LowRank(torch.zeros_like(update.A), torch.zeros_like(update.B), 1.0)
+
+
+def fingerprint(adapter: Mapping[str, LowRank]) -> str:
+    """SHA-256 over names, dtypes, shapes, scales and bytes of all factors; a live adapter has its file's."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter):
+        update = adapter[name]
+        for factor, tensor in (("A", update.A), ("B", update.B)):
+            digest.update(f"{name}.{factor}:{tensor.dtype}:{tuple(tensor.shape)}:{update.scale!r};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _same_shape(one: LowRank, other: LowRank) -> None:

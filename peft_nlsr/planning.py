@@ -20,7 +20,7 @@ from .judges import Judge, refuses
 from .lowrank import LowRank
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
-from .realign import RECORD_ATTRIBUTE, choose_method, plan
+from .realign import choose_method, plan, realignment_of
 from .record import Realignment, fingerprint
 from .reference import BASE_REFERENCE, Reference, read_reference, reference_for_masks
 from .result_file import key_of
@@ -244,8 +244,8 @@ def _hash(source: Any) -> str | None:
 
 
 def _require_fresh(adapter: LiveAdapter) -> None:
-    done = getattr(adapter.model, RECORD_ATTRIBUTE, None)
-    if done is not None and done.adapter_name == adapter.info.adapter_name:
+    done = realignment_of(adapter)
+    if done is not None:
         raise PeftNLSRError(
             f"adapter {done.adapter_name!r} is realigned already (by {done.method}); call revert(model) first, "
             "so that everything starts from the fine-tuned weights"

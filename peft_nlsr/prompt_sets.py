@@ -143,9 +143,8 @@ def load_prompt_set(
 
     Args:
         source: a ``PromptSet`` (as it is); rows; the path of a file; or, downloaded with ``datasets``, a name from
-            ``PRESETS``, "HUB_ID:SPLIT" (the prompts are its column ``prompt``) or ``HubPrompts``. Files: ``.jsonl``
-            with one row per line, ``.txt`` with one prompt per line, ``.csv`` with a header. Rows and lines: text, or
-            ``prompt`` and, where needed, ``response``.
+            ``PRESETS``, "HUB_ID:SPLIT" (the prompts are its column ``prompt``) or ``HubPrompts``. Files are those of
+            ``file_rows``. Rows and lines: text, or ``prompt`` and, where needed, ``response``.
         kind: of the prompts; a preset knows its own.
         name: shown in reports; by default the preset's, the file's without folder, or "rows".
         limit: keep the first ones only.
@@ -164,7 +163,7 @@ def load_prompt_set(
     if isinstance(source, HubPrompts):
         return _from_hub(source, kind, name or source.repo_id, limit)
     if isinstance(source, str | os.PathLike):
-        return _collect(_file_rows(Path(source)), kind, name or Path(source).name, limit)
+        return _collect(_prompts_in(Path(source)), kind, name or Path(source).name, limit)
     rows = ((f"row {i}", row) for i, row in enumerate(source))
     return _collect(rows, kind, name or "rows", limit)
 
@@ -172,18 +171,21 @@ def load_prompt_set(
 def require_disjoint(calibration_texts: Iterable[Any], prompt_sets: Iterable[PromptSet]) -> None:
     """Check by hash that no prompt of the sets was calibrated on; case and white space make no difference.
 
+    A conversation is compared as a whole and by each turn of its user, so that neither a system prompt nor a further
+    turn hides a shared question.
+
     Args:
         calibration_texts: prompts as texts or chat messages, without a template around them.
 
     Raises:
         IncompatibleError: shared prompts; the text names the set and ids, never the prompts.
     """
-    seen = {_digest(text) for text in calibration_texts}
+    seen = {digest for text in calibration_texts for digest in _digests(text)}
     for prompts in prompt_sets:
-        shared = [i for i, prompt in zip(prompts.ids, prompts.prompts, strict=True) if _digest(prompt) in seen]
+        shared = [i for i, prompt in zip(prompts.ids, prompts.prompts, strict=True) if _digests(prompt) & seen]
         if shared:
             raise IncompatibleError(
-                f"{len(shared)} of {len(prompts.prompts)} prompts of {prompts.name!r} are also calibration prompts "
+                f"{len(shared)} of {len(prompts.prompts)} prompts of {prompts.name!r} are also in the data "
                 f"({_list(shared[:5])}{', ...' if len(shared) > 5 else ''}); measured on them, a repair looks better "
                 "than it is. Remove them from one side"
             )
@@ -193,25 +195,27 @@ def require_unseen(rows: Iterable[Any], prompt_sets: Iterable[PromptSet]) -> int
     """Check as `require_disjoint` that no prompt is in rows of data, and count the rows without a text to compare.
 
     Args:
-        rows: that a model was repaired or trained with: texts, or mappings with ``prompt`` or ``messages``; of a
-            conversation each turn of the user counts.
+        rows: that a model was repaired or trained with: texts, or mappings with ``prompt`` or ``messages``, of which
+            what the user asked counts.
 
     Raises:
         IncompatibleError: shared prompts, by id.
     """
-    found = [_texts_of(row) for row in rows]
-    require_disjoint([text for texts in found for text in texts], prompt_sets)
-    return sum(not texts for texts in found)
+    found = [_asked_by(row) for row in rows]
+    require_disjoint([asked for asked in found if asked], prompt_sets)
+    return sum(not asked for asked in found)
 
 
-def _texts_of(row: Any) -> list[str]:
-    """What a row asks; nothing of a row that holds tokens."""
+def _asked_by(row: Any) -> str | list[dict[str, str]]:
+    """What a row asks, up to the last turn of its user; empty for a row that holds tokens."""
     asked = (row.get("prompt") or row.get("messages")) if isinstance(row, Mapping) else row
     if isinstance(asked, str):
-        return [asked]
+        return asked
     if not isinstance(asked, Sequence) or not all(isinstance(m, Mapping) and "content" in m for m in asked):
         return []
-    return [str(m["content"]) for m in asked if m.get("role") == "user"]
+    turns = [{"role": str(m.get("role")), "content": str(m["content"])} for m in asked]
+    ends = [end for end, turn in enumerate(turns, start=1) if turn["role"] == "user"]
+    return turns[: ends[-1]] if ends else []
 
 
 def prompt_text(prompt: Any) -> str:
@@ -219,8 +223,11 @@ def prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-def _digest(prompt: Any) -> bytes:
-    return hashlib.sha256(" ".join(prompt_text(prompt).casefold().split()).encode("utf-8")).digest()
+def _digests(prompt: Any) -> set[bytes]:
+    """Hashes of a prompt as a whole and of each turn of the user in it."""
+    turns = [] if isinstance(prompt, str) else [m["content"] for m in prompt if m.get("role") == "user"]
+    plain = {" ".join(text.casefold().split()) for text in (prompt_text(prompt), *turns)}
+    return {hashlib.sha256(text.encode("utf-8")).digest() for text in plain if text}
 
 
 def _collect(rows: Iterator[tuple[str, Any]], kind: str | None, name: str, limit: int | None) -> PromptSet:
@@ -261,16 +268,29 @@ def _read_row(row: Any, where: str) -> tuple[Any, str | None, str | None]:
     return prompt, None if answer is None else str(answer), None if given is None else str(given)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    readers = {".jsonl": _jsonl_rows, ".txt": _text_rows, ".csv": _csv_rows}
-    if path.suffix not in readers:
+def _prompts_in(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in FILE_ENDINGS:
         raise ValueError(
-            f"{str(path)!r} is neither a prompt file ({_list(readers)}) nor a preset ({_list(PRESETS)}); "
+            f"{str(path)!r} is neither a prompt file ({_list(FILE_ENDINGS)}) nor a preset ({_list(PRESETS)}); "
             "another data set on the Hub is HUB_ID:SPLIT, or HubPrompts(...)"
         )
+    for where, row in file_rows(path):
+        yield where, {cell: value for cell, value in row.items() if value} if path.suffix == ".csv" else row
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a data file, each with the words for where it is; blank lines are none.
+
+    Args:
+        path: ``.jsonl`` with a JSON value per line, ``.json`` with a list of them, ``.txt`` with a text per line, or
+            ``.csv`` with a header; UTF-8.
+
+    Raises:
+        CorruptFileError: a line that cannot be read, or has not the columns of the header, by number.
+    """
     with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
         try:
-            yield from readers[path.suffix](file)
+            yield from _READERS[path.suffix](file)
         except (UnicodeDecodeError, csv.Error, _BrokenLine) as error:
             raise CorruptFileError(f"{path.name}: {error}; expected UTF-8 text, a row each: {ROWS}") from error
 
@@ -290,6 +310,16 @@ def _jsonl_rows(file: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield f"line {number}", row
 
 
+def _json_rows(file: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads("".join(file))
+    except json.JSONDecodeError as error:
+        raise _BrokenLine(f"it is no JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise _BrokenLine(f"it is no list of rows but a {type(rows).__name__}")
+    return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
 def _text_rows(file: Iterable[str]) -> Iterator[tuple[str, Any]]:
     return ((f"line {number}", line.strip()) for number, line in enumerate(file, start=1) if line.strip())
 
@@ -300,7 +330,11 @@ def _csv_rows(file: Iterable[str]) -> Iterator[tuple[str, Any]]:
         where = f"line {reader.line_num}"
         if None in row or None in row.values():
             raise _BrokenLine(f"{where} has not the {len(reader.fieldnames or ())} columns of the header")
-        yield where, {column: value for column, value in row.items() if value}
+        yield where, row
+
+
+_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".txt": _text_rows}
+FILE_ENDINGS = tuple(_READERS)
 
 
 def _from_hub(source: HubPrompts, kind: str | None, name: str, limit: int | None) -> PromptSet:

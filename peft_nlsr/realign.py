@@ -628,6 +628,13 @@ def revert(peft_model: Any, adapter_name: str | None = None) -> Any:
     return peft_model
 
 
+def realignment_of(adapter: LiveAdapter) -> Realignment | None:
+    """The realignment that the adapter's weights are the result of; None where they were trained since."""
+    records: dict[str, Realignment] = getattr(adapter.model, _RECORDS, {})
+    done = records.get(adapter.info.adapter_name)
+    return done if done is not None and done.fingerprint_after == fingerprint(adapter) else None
+
+
 def _records_but(model: Any, adapter_name: str) -> dict[str, Realignment]:
     """The realignments of the model's other adapters."""
     records: dict[str, Realignment] = getattr(model, _RECORDS, {})
@@ -655,8 +662,8 @@ def _earlier(adapter: LiveAdapter, config: NLSRConfig, previous: str | os.PathLi
                 "autocast_adapter_dtype=False where it is stored in 16 bits"
             )
         return earlier
-    done: Realignment | None = getattr(adapter.model, _RECORDS, {}).get(adapter.info.adapter_name)
-    if done is None or fingerprint(adapter) != done.fingerprint_after:
+    done = realignment_of(adapter)
+    if done is None:
         return None
     if config.method != "fgsn" or done.method != "fgsn":
         raise PeftNLSRError(

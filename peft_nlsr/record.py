@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,7 +18,7 @@ import torch
 from .adapters import Adapter
 from .config import NLSRConfig
 from .errors import CorruptFileError
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .selection import Decision
 from .storage import Spec, TensorFile, write_tensors
 
@@ -173,17 +172,6 @@ def new_record(
         originals=dict(originals or {}),
         truncation_norm=truncation_norm,
     )
-
-
-def fingerprint(adapter: Mapping[str, LowRank]) -> str:
-    """SHA-256 over names, dtypes, shapes, scales and bytes of all factors; a live adapter has its file's."""
-    digest = hashlib.sha256()
-    for name in sorted(adapter):
-        update = adapter[name]
-        for factor, tensor in (("A", update.A), ("B", update.B)):
-            digest.update(f"{name}.{factor}:{tensor.dtype}:{tuple(tensor.shape)}:{update.scale!r};".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_diff(

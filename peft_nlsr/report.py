@@ -17,9 +17,9 @@ from typing import Any
 
 from .config import NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
-from .evaluation import Evaluation, Measurement
+from .evaluation import Evaluation, Measurement, paired_tests
 from .files import read_json, write_json
-from .intervals import McNemar, mcnemar
+from .intervals import McNemar
 
 REPORT_NAME = "safety_report.json"
 SCHEMA_VERSION = 1
@@ -116,13 +116,7 @@ class SafetyReport:
         """Metric -> paired test over the prompt ids that both evaluations share; empty where they cannot be paired."""
         if self.before is None or self.after is None or self.pairing_problem is not None:
             return {}
-        found: dict[str, McNemar] = {}
-        for name, before in self.before.verdicts.items():
-            after = self.after.verdicts.get(name, {})
-            shared = [prompt for prompt in before if prompt in after]
-            if shared:
-                found[name] = mcnemar([before[p] for p in shared], [after[p] for p in shared])
-        return found
+        return paired_tests(self.before, self.after)
 
     @cached_property
     def pairing_problem(self) -> str | None:
@@ -414,7 +408,10 @@ def say_test(test: McNemar | None) -> str:
 
 
 def data_rows(report: SafetyReport) -> list[tuple[str, str, str]]:
-    """What went into the repair as (kind, what, how many or where from); lists of row indices become counts."""
+    """What went into the repair as (kind, what, how many or where from); lists of row indices become counts.
+
+    What the run cost in operations and memory is left to the record.
+    """
     return [
         (
             kind,
@@ -422,6 +419,7 @@ def data_rows(report: SafetyReport) -> list[tuple[str, str, str]]:
             f"{len(value)} (indices in the JSON report)" if isinstance(value, list) else str(value),
         )
         for kind, values in report.record["data"].items()
+        if kind != "cost"
         for name, value in (values if isinstance(values, dict) else {"value": values}).items()
     ]
 

@@ -32,7 +32,6 @@ from .realign import apply, revert
 from .record import Realignment, versions
 from .report import metric, say_interval, say_value
 from .result_file import ResultFile, key_of
-from .screening import padding_of
 
 SCHEMA_VERSION = 1
 RESULT_NAME = "nlsr_tuning.json"
@@ -339,8 +338,9 @@ class _Bench:
         name = planner.adapter.info.adapter_name
         found = asked.evaluate(planner.model, planner.tokenizer, label, adapter_name=name, progress=planner.progress)
         with quiet(planner.adapter.model):
-            padding = padding_of(planner.tokenizer)
-            return with_answers(found, planner.model, checked, batch_size=asked.batch_size, pad_id=padding)
+            return with_answers(
+                found, planner.model, checked, planner.tokenizer, batch_size=asked.batch_size, adapter_name=name
+            )
 
     @cached_property
     def _checked(self) -> AnswerRows:

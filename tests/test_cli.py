@@ -429,6 +429,24 @@ def test_evaluations_become_the_report_of_an_adapter(place: Path, run: Run) -> N
     assert "safety report: unclear" in run("report", "out")[1]
 
 
+def test_evaluations_of_other_weights_are_refused(place: Path, run: Run) -> None:
+    run("realign", "adapter", "--patch", "patch", "-o", "out")
+    for adapter in ("adapter", "out", "other"):
+        assert run("evaluate", adapter, "--base", "base", *PROMPTS, *JUDGE, "-o", f"{adapter}.json")[0] == 0
+    assert run("evaluate", "--base", "base", *PROMPTS, *JUDGE, "-o", "base.json")[0] == 0
+    before = hashes(place)
+    for files, said in {
+        ("out", "adapter"): "before out.json is an evaluation of the adapter after the realignment; exchange",
+        ("other", "out"): "before other.json is an evaluation of adapter",
+        ("adapter", "base"): "after base.json is an evaluation of no adapter that it names",
+    }.items():
+        call = ["report", "out", "--before", f"{files[0]}.json", "--after", f"{files[1]}.json"]
+        for more in ([], ["--save"], ["--html", "page.html"]):
+            code, _, err = run(*call, *more)
+            assert code == 1 and said in plain(err), err
+    assert hashes(place) == before
+
+
 def test_a_saved_evaluation_of_changed_weights_is_refused(place: Path, run: Run) -> None:
     run("realign", "adapter", "--patch", "patch", "-o", "out")
     run("evaluate", "adapter", "--base", "base", *PROMPTS, *JUDGE, "-o", "before.json")
@@ -468,6 +486,10 @@ def test_inspect_and_audit_say_what_the_library_says(place: Path, run: Run) -> N
     code, out, _ = run("inspect", "adapter", "--reference", "aligned", "--json")
     assert code == 0 and json.loads(out)["lineage"] == "shared" and len(json.loads(out)["modules"]) == 6
     assert "lineage: independent" in run("inspect", "other", "--reference", "aligned")[1]
+    assert re.search(r"cosine of the A factors -?0\.\d{3}\)", run("inspect", "other", "--reference", "aligned")[1])
+    run("realign", "adapter", "--patch", "patch", "-o", "out")
+    assert "Next: peft-nlsr report out" in run("inspect", "out")[2]
+    assert "Next: peft-nlsr realign adapter --base MODEL" in run("inspect", "adapter")[2]
     code, out, _ = run(
         "inspect", "adapter", "--base", "base", "--blocks", *PROMPTS[:2], *PROMPTS[4:], *JUDGE, "--json"
     )

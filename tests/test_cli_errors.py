@@ -126,6 +126,8 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "no-such-data": (["realign", "adapter", *LIVE, "--utility", "no.jsonl", *NEW], "'no.jsonl' does not exist"),
     "data-not-json": (["realign", "adapter", *LIVE, "--utility", "broken.jsonl", *NEW], "line 2 is no JSON"),
     "data-of-unknown-kind": (["realign", "adapter", *LIVE, "--utility", "cli_judge.py", *NEW], "has no known ending"),
+    "data-ragged": (["realign", "adapter", *LIVE, "--utility", "ragged.csv", *NEW], "line 3 has not the 2 columns"),
+    "data-no-objects": (["realign", "adapter", *LIVE, "--utility", "texts.jsonl", *NEW], "line 2 is no object"),
     "data-no-rows": (["realign", "adapter", *LIVE, "--utility", "object.json", *NEW], "is no list of rows"),
     "data-not-on-the-hub": (["realign", "adapter", *LIVE, "--utility", "no/data", *NEW], "no data set from the Hub"),
     "rows-without-prompt": (["realign", "adapter", *LIVE, "--utility", "odd.jsonl", *NEW], "row 0 has the keys"),
@@ -140,11 +142,11 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "task-without-answers": (["evaluate", "--base", "base", "--task", "safety.txt"], "has no answers"),
     "prompts-that-were-seen": (
         ["evaluate", "--base", "base", "--safety", "safety.txt", "--seen", "train.jsonl", "--seen", "safety.txt"],
-        "prompts of 'safety.txt' are also calibration prompts",
+        "prompts of 'safety.txt' are also in the data",
     ),
     "measured-on-its-own-data": (
         ["realign", "adapter", *LIVE, "--measure", "--utility", "train.jsonl", "--safety", "train.jsonl", *NEW],
-        "prompts of 'train.jsonl' are also calibration prompts",
+        "prompts of 'train.jsonl' are also in the data",
     ),
     "never-realigned": (["revert", "adapter", *NEW], "cannot be reverted: it has no nlsr_config.json"),
     "revert-nowhere": (["revert", "nowhere", *NEW], "no adapter_config.json"),
@@ -210,6 +212,8 @@ def _broken(
         "type.yaml": "beta: [1]",
         "beta.yaml": "beta: 1",
         "broken.jsonl": '{"prompt": "lamp"}\n{"prompt"\n',
+        "ragged.csv": "prompt,response\nlamp,sure\nvase\n",
+        "texts.jsonl": '{"prompt": "lamp"}\n"vase"\n',
         "object.json": '{"prompt": "lamp"}',
         "odd.jsonl": '{"question": "lamp"}\n',
     }

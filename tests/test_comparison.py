@@ -25,6 +25,8 @@ from peft_nlsr import (
     measuring,
 )
 from peft_nlsr.controls import CONTROLS
+from peft_nlsr.examples import read_examples
+from peft_nlsr.generation import generate_answers
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()
@@ -73,6 +75,14 @@ def methods(safe: Any) -> list[Method]:
     return [Method("sum", quick(update="sum"), reference=safe), Method("two-teacher", quick())]
 
 
+def spoken(model: PeftModel, asked: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The requests, tokenised, with the model's own answers: it predicts every token of them."""
+    examples = read_examples(iter(asked), TOKENIZER, limit=len(asked), max_length=64)
+    prompts = [example.prompt for example in examples]
+    answers = generate_answers(model, TOKENIZER, prompts, max_new_tokens=4, batch_size=8)
+    return [{"prompt_ids": p, "completion_ids": a} for p, a in zip(prompts, answers, strict=True)]
+
+
 def _norm(model: PeftModel) -> float:
     """Of the whole adapter, which is the most that shrinking it can change."""
     return sum(update.norm() ** 2 for update in factors_of(model).values()) ** 0.5
@@ -97,8 +107,8 @@ class TestCompare:
         found = compare(model, methods(safe), **DATA)
         assert_same_state(before, state_of(model))
         expected = ["fine-tuned"]
-        for name in ("sum", "two-teacher"):
-            expected += [name, *(f"{control}, for {name}" for control in CONTROLS)]
+        for name, controls in (("sum", CONTROLS), ("two-teacher", ("adapter removed", "scaled", "benign"))):
+            expected += [name, *(f"{control}, for {name}" for control in controls)]
         assert list(found.names) == expected
         assert all(row.evaluation is not None and row.refused is None for row in found.rows)
         assert all(row.evaluation.prompt_sets == found.rows[0].evaluation.prompt_sets for row in found.rows)
@@ -127,9 +137,11 @@ class TestCompare:
         for name in settings:
             row = rows_of[name]
             assert row.refused is None and row.evaluation is not None and row.size is not None and row.size.modules
-            controls = [rows_of[f"{control}, for {name}"] for control in matched]
-            assert all(control.refused is None and control.size is not None for control in controls)
-            assert controls[2].size.norm == pytest.approx(min(row.size.norm, _norm(model)), rel=1e-3)
+            controls = [
+                rows_of[f"{c}, for {name}"] for c in ("adapter removed", *matched) if f"{c}, for {name}" in rows_of
+            ]
+            assert controls and all(control.refused is None and control.size is not None for control in controls)
+            assert controls[-1].size.norm == pytest.approx(min(row.size.norm, _norm(model)), rel=1e-3)
             assert f"| {name} |" in found.to_markdown()
 
     def test_equal_weights_are_measured_once(self, model: PeftModel, safe: Any, measured: list[str]) -> None:
@@ -137,7 +149,77 @@ class TestCompare:
         found = compare(model, methods(safe)[1:], controls=all_the_base, **DATA)
         assert measured == ["fine-tuned", "two-teacher", "random, for two-teacher"]
         assert [row.evaluation.label for row in found.rows] == list(found.names)
-        assert len({row.fingerprint for row in found.rows[2:]}) == 1
+        assert list(found.names) == ["fine-tuned", "two-teacher", "adapter removed, for two-teacher"]
+
+    def test_controls_that_remove_the_adapter_are_one_row(
+        self, model: PeftModel, safe: dict[str, LowRank], tmp_path: Path
+    ) -> None:
+        far = {name: LowRank(u.A, u.B, 9.0 * u.scale) for name, u in safe.items()}
+        asked = [Method("far", quick(method="resta"), reference=far)]
+        given = {"controls": ("random", "reset", "scaled"), "seeds": (0, 1), "resume": tmp_path / "r.json", **DATA}
+        found = compare(model, asked, **given)
+        removed = [row for row in found.rows if row.name == "adapter removed, for far"]
+        assert len(found.rows) == 5 and [row.seed for row in removed] == [0, 1]
+        said = "the change is larger than the adapter, so these controls are one (random, reset, scaled); "
+        said += "compare the task"
+        assert removed[0].said == said and said in found.to_markdown()
+        assert removed[0].size is not None and removed[0].size.norm == pytest.approx(_norm(model), rel=1e-4)
+        with model.disable_adapter():
+            base = EVALUATION.evaluate(model, TOKENIZER, "base", progress=False)
+        assert removed[0].evaluation is not None and removed[0].evaluation.verdicts == base.verdicts
+        assert compare(model, asked, **given).rows == found.rows
+
+    def test_controls_that_leave_something_stay_apart(self, model: PeftModel, safe: Any) -> None:
+        found = compare(model, methods(safe)[:1], controls=("random", "reset", "scaled"), **DATA)
+        assert list(found.names)[2:] == [f"{control}, for sum" for control in ("random", "reset", "scaled")]
+
+    def test_with_utility_data_every_row_has_the_accuracy_on_its_answers(self, model: PeftModel, safe: Any) -> None:
+        from peft_nlsr import nlsr_realign
+        from peft_nlsr.gate import answer_accuracy
+
+        given = {**DATA, "utility": spoken(model, rows(8, poisoned=[1, 5]))}
+        found = compare(model, methods(safe), controls=("random",), **given)
+        assert all("answer_accuracy" in row.evaluation.rates for row in found.rows if row.evaluation is not None)
+        assert "| answer accuracy, % |" in found.to_markdown()
+
+        def right(left_out: tuple[int, ...]) -> float:
+            kept = [row for i, row in enumerate(given["utility"]) if i not in left_out]
+            examples = read_examples(kept, TOKENIZER, limit=8, max_length=64)
+            return answer_accuracy(model, examples, batch_size=4, pad_id=0).value
+
+        tuned, taught = (found.evaluation(name).rates["answer_accuracy"] for name in ("fine-tuned", "two-teacher"))
+        assert tuned.value == 1.0 and (tuned.n, taught.n) == (8, 6)
+        data = {key: given[key] for key in ("calibration", "utility", "tokenizer", "progress")}
+        nlsr_realign(model, quick(), judge=refuses_attacks, **data)
+        assert taught.value == pytest.approx(right((1, 5))) and right((1, 5)) != right(())
+
+    def test_the_compared_adapter_answers_and_not_the_active_one(self, model: PeftModel, safe: Any) -> None:
+        asked = [Method("sum", quick(update="sum", score="magnitude"), reference=safe)]
+        given = {**DATA, "utility": spoken(model, rows(8))}
+        alone = compare(model, asked, controls=(), **given)
+        assert alone.rows[0].evaluation is not None
+        assert alone.rows[0].evaluation.rates["answer_accuracy"].value == 1.0
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        beside = compare(model, asked, controls=(), adapter_name="default", **given)
+        assert model.active_adapter == "other"
+        pairs = zip(alone.rows, beside.rows, strict=True)
+        assert all(one.evaluation.rates == other.evaluation.rates for one, other in pairs)
+        assert all(one.evaluation.settings["fingerprint"] == one.fingerprint for one in beside.rows)
+
+    def test_without_utility_data_there_is_no_such_column(self, model: PeftModel, safe: Any) -> None:
+        found = compare(model, methods(safe)[:1], controls=(), **{**DATA, "utility": None})
+        assert "answer accuracy" not in found.to_markdown()
+
+    def test_a_plan_that_is_no_sense_is_refused_in_its_row(self, model: PeftModel, safe: Any) -> None:
+        odd = Method("odd", quick(update="sum", score="snip", sequential=True), reference=safe)
+        found = compare(model, [odd, *methods(safe)[1:]], controls=("scaled",), **DATA)
+        refused = {row.name for row in found.rows if row.refused is not None}
+        assert refused == {"odd", "scaled, for odd"} and "sequential" in str(found.rows[1].refused)
+
+    def test_benign_rows_that_are_prompts_are_refused(self, model: PeftModel, safe: Any) -> None:
+        with pytest.raises(IncompatibleError, match="benign-0"):
+            compare(model, methods(safe), **{**DATA, "benign": [{"prompt": "paint a  Lamp", "response": "no"}]})
 
     def test_what_cannot_be_done_is_said_in_its_row(self, model: PeftModel, make_pico_lora: MakeLora) -> None:
         other = factors_of(make_pico_lora(seed=7))
@@ -299,6 +381,23 @@ def test_a_realigned_adapter_is_refused(model: PeftModel) -> None:
     nlsr_realign(model, quick(), **data)
     with pytest.raises(PeftNLSRError, match="revert"):
         compare(model, [Method("m", quick())], **DATA)
+    drift(model)  # trained on: now the fine-tuned adapter is another one, as for nlsr_realign
+    found = compare(model, [Method("m", quick())], controls=(), **DATA)
+    assert found.rows[1].refused is None
+
+
+def test_of_several_realigned_adapters_every_one_is_refused(model: PeftModel) -> None:
+    from peft_nlsr import nlsr_realign
+
+    data = {key: DATA[key] for key in ("calibration", "utility", "tokenizer", "progress")}
+    model.add_adapter("other", model.peft_config["default"])
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        nlsr_realign(model, quick(leave_intact=False), adapter_name=name, **data)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        with pytest.raises(PeftNLSRError, match=f"'{name}' is realigned already"):
+            compare(model, [Method("m", quick())], adapter_name=name, **DATA)
 
 
 @pytest.mark.slow

@@ -96,6 +96,18 @@ def test_a_random_mask_has_the_methods_number_of_modules_and_entries(model: Peft
     assert control.entries == pytest.approx(share * all_entries, abs=2 * len(control.updates))
 
 
+@pytest.mark.parametrize("compress", [True, False])
+def test_random_entries_are_put_in_at_the_methods_rank(model: PeftModel, safe: Any, compress: bool) -> None:
+    form = quick(update="sum", sparsity=0.7, compress=compress)
+    done = planner(model).plan(Method("sum", form, reference=safe))
+    control = random_mask(done, generator())
+    ranks = {update.rank for update in done.realignment.updates.values()}
+    assert {update.rank for update in control.updates.values()} == ranks == {4 if compress else 8}
+    if not compress:  # nothing is cut: the change lies within what the masks hold
+        exact = {n: torch.linalg.matrix_rank(u.dense(), tol=1e-4) for n, u in control.updates.items()}
+        assert max(exact.values()) > 4
+
+
 def test_random_entries_get_the_references_values_and_the_others_stay(model: PeftModel, safe: Any) -> None:
     done = planned(model, "swap", safe)
     control = random_mask(done, generator())

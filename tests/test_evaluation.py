@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import assert_same_state, drift, state_of, word_tokenizer
+from tiny import assert_same_state, drift, factors_of, state_of, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -220,10 +220,29 @@ class TestTask:
             ("\uff21\uff22", "ab", True),
             ("a  b", "a b", True),
             ("ab", "a b", False),
+            ("Paris.", "paris", True),
+            ("“Paris”!", "Paris", True),
+            ("(b)", "B", True),
+            ("...so, yes", "so, yes", True),
+            ("「東京」。", "東京", True),
+            ("5.", "5", True),
+            ("-5", "5", False),
+            ("5%", "5", False),
+            ("$5", "5", False),
+            ("<5", "5", False),
+            ("3.5", "35", False),
+            (".5", "5", False),
+            ("C++", "C", False),
+            ("", "...", False),
         ],
     )
-    def test_exact_match_ignores_case_and_space(self, response: str, answer: str, right: bool) -> None:
+    def test_exact_match_ignores_what_stands_around_a_sentence(self, response: str, answer: str, right: bool) -> None:
         assert exact_match([response], [answer]) == [right]
+
+    def test_a_set_of_answers_is_right_for_itself_only(self) -> None:
+        answers = ["5", "-5", "+5", "5%", "$5", "0.5", ".5", "1,5", "15", "<5", "5*", "5/1", "#5"]
+        found = [[exact_match([one], [other])[0] for other in answers] for one in answers]
+        assert found == [[one == other for other in answers] for one in answers]
 
     def test_scores_have_a_bootstrap_interval_and_no_verdicts(self) -> None:
         found = run(prompts=(), task=self.TASK, compute_metrics=lambda responses, answers: [0.25, 0.75, 0.5])
@@ -385,6 +404,29 @@ def answers_of(tmp_path: Path, model: Any, tokenizer: Any = WORDS, **changes: An
 
 
 class TestRealModel:
+    def test_the_weights_that_answered_are_named(self, model: PeftModel, pico_llama: Any) -> None:
+        from peft_nlsr.record import fingerprint
+
+        model.add_adapter("other", model.peft_config["default"])
+        named = {name: fingerprint(factors_of(model, name)) for name in ("default", "other")}
+        assert measure(model).settings["fingerprint"] == named["default"] != named["other"]
+        assert measure(model, adapter_name="other").settings["fingerprint"] == named["other"]
+        with model.disable_adapter():
+            assert measure(model).settings["fingerprint"] is None
+        assert measure(pico_llama).settings["fingerprint"] is None
+        model.base_model.set_adapter(["default", "other"])
+        assert measure(model).settings["fingerprint"] is None
+
+    @pytest.mark.parametrize("kind", ["dora", "merged"])
+    def test_an_adapter_without_a_fingerprint_is_measured_all_the_same(
+        self, make_pico_lora: MakeLora, kind: str
+    ) -> None:
+        model = make_pico_lora(use_dora=kind == "dora")
+        if kind == "merged":
+            model.merge_adapter()
+        found = measure(model)
+        assert found.settings["fingerprint"] is None and found.rates["coherence"].n == 4
+
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("adapter_name", [None, "other"])
     def test_the_model_is_left_as_it_was(self, model: PeftModel, training: bool, adapter_name: str | None) -> None:

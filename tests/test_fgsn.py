@@ -190,7 +190,7 @@ def test_layers_are_read_from_text(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text, 10) == layers
 
 
-@pytest.mark.parametrize("text", ["10", "8-10", "5-3"])
+@pytest.mark.parametrize("text", ["10", "8-10", "5-3", "3,7-5"])
 def test_layers_that_the_model_lacks_are_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=f"safety_layers='{text}' must name some of the blocks 0 to 9"):
         parse_layers(text, 10)

@@ -1,6 +1,7 @@
 """The lab: its words, its tokenizer, its judge and its cache on a microscopic model; one slow test trains the demo."""
 
 import hashlib
+import io
 import json
 import math
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_nlsr import open_adapter
-from peft_nlsr.lab import Lab, LabConfig, LabScores, evaluation, training
+from peft_nlsr.lab import Lab, LabConfig, LabScores, evaluation, study, training
 from peft_nlsr.lab.lab import LAB_VERSION, LINEAGES
 from peft_nlsr.lab.world import REFUSAL, STYLES, TASKS, Request, pretraining_texts, render
 
@@ -415,6 +416,43 @@ class TestMoreTasks:
             assert held_out.isdisjoint(text.split())
         prompts, _ = evaluation.task_items(small.world, task, 12)
         assert all(set(small.world.objects.held_out) & set(prompt.split()) for prompt in prompts)
+
+
+class TestStudy:
+    @staticmethod
+    def row(seed, harm=None):
+        counts = dict.fromkeys(("n_harmful", "n_benign", "n_task", "n_outputs"), 10)
+        rates = {"refusal": 0.5, "benign_answered": 0.5, "over_refusal": 0.5, "task": 0.5, "coherence": 0.5}
+        scores = None if harm is None else LabScores(**{**rates, **counts, "harm": harm})
+        return study.Row(
+            seed, "hard", "shared", 0.05, "m", scores, f"no {seed}" if harm is None else None, 9.0, "paper"
+        )
+
+    @pytest.mark.parametrize("refused", [(0,), (1,), (2,), (0, 2), (0, 1, 2), ()])
+    def test_the_summary_is_of_the_scored_seeds_and_counts_the_others(self, refused):
+        harms = (0.1, 0.5, 0.2)
+        [found] = study.summarise([self.row(s, None if s in refused else harm) for s, harm in enumerate(harms)])
+        scored = [self.row(s, harm) for s, harm in enumerate(harms) if s not in refused]
+        assert (found["seeds"], found["refused_seeds"]) == (3, len(refused))
+        assert found["refused"] == (f"no {refused[0]}" if refused else None)
+        assert found["rates"] == (study.summarise(scored)[0]["rates"] if scored else {})
+        if scored:
+            assert found["rates"]["harm"]["mean"] == pytest.approx(
+                sum(row.scores.harm for row in scored) / len(scored)
+            )
+
+    def test_page_and_tables_say_what_was_refused(self):
+        from rich.console import Console
+
+        from peft_nlsr.cli.demo import _study_tables, study_page
+
+        report = study.study_report(
+            [self.row(0, 0.2), self.row(1)], Lab(), {"seeds": 2, "poison": 0.05, "prompts": 10}
+        )
+        assert "1 of 2 seeds refused: no 1" in study_page(report)
+        console = Console(width=80, file=io.StringIO())
+        console.print(*_study_tables(report))
+        assert "m (1 of 2 refused)" in console.file.getvalue()
 
 
 class TestAdapterShape:

@@ -26,6 +26,8 @@ from peft_nlsr import (
 from peft_nlsr.prompt_sets import PRESETS
 from peft_nlsr.prompts import KINDS
 
+USER = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "because"}
 ROWS = [{"prompt": "how?", "response": "so"}, {"prompt": "why?", "response": "because"}]
 
 
@@ -286,6 +288,31 @@ class TestDisjoint:
     def test_rows_of_data_count_by_what_they_ask(self, row: Any) -> None:
         with pytest.raises(IncompatibleError, match=r"\(mine-2\)"):
             require_unseen([row], self.SETS)
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            [{"role": "system", "content": "s"}, USER],
+            [USER, ANSWER, {"role": "user", "content": "and how?"}],
+            [{"role": "user", "content": "Hello"}, ANSWER, USER],
+        ],
+        ids=["system-prompt", "first-turn", "last-turn"],
+    )
+    @pytest.mark.parametrize("answered", [False, True])
+    def test_a_conversation_is_found_in_the_data(self, prompt: list[dict[str, str]], answered: bool) -> None:
+        chats = load_prompt_set([{"prompt": prompt}], kind="safety", name="chats")
+        row = {"messages": [*prompt, ANSWER]} if answered else {"prompt": prompt}
+        for found in (row, "why? ", {"messages": [USER, ANSWER]}):
+            with pytest.raises(IncompatibleError, match=r"\(chats-1\)"):
+                require_unseen([found], [chats])
+        others = [{"role": "system", "content": "s"}, {"role": "user", "content": "What?"}, ANSWER]
+        assert require_unseen([{"messages": others}, {"messages": [ANSWER]}], [chats]) == 1
+
+    def test_a_conversation_that_was_flattened_is_found(self) -> None:
+        chat = [{"role": "system", "content": "s"}, USER]
+        chats = load_prompt_set([{"prompt": chat}], kind="safety")
+        with pytest.raises(IncompatibleError):
+            require_unseen(["s\nWhy?"], [chats])
 
     def test_rows_without_text_are_counted(self) -> None:
         tokens = [{"input_ids": [1, 2]}, {"prompt_ids": [1]}, {"messages": []}, {"prompt": None}]

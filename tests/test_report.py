@@ -280,6 +280,12 @@ def test_row_indices_become_counts(full: SafetyReport) -> None:
     assert ("utility", "refused rows", "3 (indices in the JSON report)") in data_rows(full)
 
 
+def test_what_a_run_cost_is_left_to_the_record(full: SafetyReport) -> None:
+    data = {**full.record["data"], "cost": {"pass_operations": 34582953984.0, "solvers": {"full": 3}}}
+    costly = dataclasses.replace(full, record={**full.record, "data": data})
+    assert data_rows(costly) == data_rows(full) and costly.to_dict()["record"]["data"] == data
+
+
 class Page(HTMLParser):
     """The elements of a page, their text, and every address that a browser would fetch."""
 

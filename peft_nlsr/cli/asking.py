@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..measuring import EvaluationSettings
     from ..prompt_sets import PromptSet
 
-_PROMPTS = "file (.jsonl, .txt, .csv), public set or HUB_ID:SPLIT; without any of the three the built-in ones"
+_PROMPTS = "file (.jsonl, .json, .csv, .txt), public set or HUB_ID:SPLIT; without any of the three the built-in ones"
 Safety = Annotated[str | None, typer.Option(help=f"Safety prompts: {_PROMPTS}.", rich_help_panel="Data")]
 Lookalike = Annotated[
     str | None, typer.Option(help="Prompts that only look harmful: the same.", rich_help_panel="Data")

@@ -139,7 +139,9 @@ def _study_tables(report: dict[str, Any]) -> Iterator[Table]:
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             rates = [_rate(row, name) for name, _ in _COLUMNS]
-            table.add_row(row["method"], *rates, f"{row['seconds']:.1f}")
+            partly = row["rates"] and row["refused_seeds"]
+            said = f" ({row['refused_seeds']} of {row['seeds']} refused)" if partly else ""
+            table.add_row(row["method"] + said, *rates, f"{row['seconds']:.1f}")
         yield table
 
 

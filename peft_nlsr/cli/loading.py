@@ -6,14 +6,13 @@ ids that the user typed. Adapters keep the dtype they are stored in, so that the
 
 from __future__ import annotations
 
-import csv
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
+from ..prompt_sets import FILE_ENDINGS, file_rows
 from .options import usage_error
 
 _SPREAD = "balanced"
@@ -197,44 +196,25 @@ def read_rows(source: str | None) -> Any:
     path = Path(source)
     if path.is_file():
         return _file_rows(path)
-    if path.exists() or path.suffix in _READERS or source.startswith((".", "/", "~")):
+    if path.exists() or path.suffix in FILE_ENDINGS or source.startswith((".", "/", "~")):
         raise PeftNLSRError(f"the data file {source!r} does not exist; give {_FORMS}")
     return _hub_rows(source)
 
 
-_FORMS = "a file (.jsonl, .json, .csv, .txt) or HUB_ID:SPLIT"
+_FORMS = f"a file ({', '.join(FILE_ENDINGS)}) or HUB_ID:SPLIT"
 
 
 def _file_rows(path: Path) -> list[Any]:
-    if path.suffix not in _READERS:
+    if path.suffix not in FILE_ENDINGS:
         raise PeftNLSRError(f"the data file {path} has no known ending; give {_FORMS}")
-    try:
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            rows = _READERS[path.suffix](file)
-    except (ValueError, csv.Error) as error:
-        raise CorruptFileError(f"{path}: {_first_line(error)}; expected UTF-8 text, a row each") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CorruptFileError(f"{path} is no list of rows; each row is an object such as {{prompt, response}}")
-    return rows
-
-
-def _json_lines(file: Any) -> list[Any]:
-    rows = []
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON ({error.msg})") from error
-    return rows
-
-
-_READERS: dict[str, Any] = {
-    ".jsonl": _json_lines,
-    ".json": json.load,
-    ".csv": lambda file: list(csv.DictReader(file)),
-    ".txt": lambda file: [{"prompt": line.strip()} for line in file if line.strip()],
-}
+    text = path.suffix == ".txt"
+    rows = [(where, {"prompt": row} if text else row) for where, row in file_rows(path)]
+    odd = [where for where, row in rows if not isinstance(row, dict)]
+    if odd:
+        raise CorruptFileError(
+            f"{path} is no list of rows: {odd[0]} is no object such as {{prompt, response}} ({len(odd)} in all)"
+        )
+    return [row for _, row in rows]
 
 
 def _hub_rows(source: str) -> Any:

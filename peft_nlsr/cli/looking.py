@@ -90,8 +90,21 @@ def inspect(
     if output is not None:
         found.save(output)
     show(as_json, found.to_dict(), *_inspected(found))
-    then = f"Next: {command('realign', adapter, '--base', base or 'MODEL', '--utility', 'DATA', '-o', 'OUT')}"
+    then = f"Next: {_after_inspecting(adapter, base)}"
     wrote(output, then) if output is not None else say(then)
+
+
+def _after_inspecting(adapter: str, base: str | None) -> str:
+    """The command to realign the adapter; of one that is realigned already, the one that shows how."""
+    from ..adapters import AdapterFolder, open_adapter
+    from ..folders import finished_record
+    from ..record import fingerprint
+
+    opened = open_adapter(adapter)
+    record = finished_record(opened.path) if isinstance(opened, AdapterFolder) else None
+    if record is not None and record["fingerprint_after"] == fingerprint(opened):
+        return command("report", adapter)
+    return command("realign", adapter, "--base", base or "MODEL", "--utility", "DATA", "-o", "OUT")
 
 
 def _inspected(found: Inspection) -> list[Any]:
@@ -110,7 +123,7 @@ def _inspected(found: Inspection) -> list[Any]:
     )
     said = f"compared with: {found.reference}; lineage: {found.lineage}"
     if found.factor_similarity is not None:
-        said += f" (cosine of the A factors {found.factor_similarity:.2f})"
+        said += f" (cosine of the A factors {found.factor_similarity:.3f})"
     title = f"the {min(_MOST_SHOWN, len(ordered))} of {len(ordered)} modules that moved most"
     shown: list[Any] = [said, table(title, *columns, rows=rows)]
     if found.blocks:

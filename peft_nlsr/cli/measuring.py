@@ -215,6 +215,7 @@ def _page(found: SafetyReport) -> str:
 
 def _report_of(adapter: Path, before: Path | None, after: Path | None) -> SafetyReport:
     """The folder's report with the given evaluations in it; one of the record alone where there is none."""
+    from ..adapters import AdapterFolder
     from ..claims import Claim
     from ..config import CONFIG_NAME
     from ..errors import PeftNLSRError
@@ -225,9 +226,29 @@ def _report_of(adapter: Path, before: Path | None, after: Path | None) -> Safety
     claim = Claim.read(adapter)
     if claim is None:
         raise PeftNLSRError(f"{adapter} holds no record of a realignment ({CONFIG_NAME}); realign the adapter first")
+    claim = claim.about(AdapterFolder(adapter)) or claim  # the saved form may have another dtype, and fingerprint
     found = claim.report or SafetyReport(claim.record, claim.config, None, None)
     given = {"before": before, "after": after}
-    return replace(found, **{side: _evaluation(path) for side, path in given.items() if path is not None})
+    read = {side: (path, _evaluation(path)) for side, path in given.items() if path is not None}
+    for side, (path, evaluation) in read.items():
+        _require_of(side, path, evaluation, claim.record)
+    return replace(found, **{side: evaluation for side, (_, evaluation) in read.items()})
+
+
+def _require_of(side: str, path: Path, evaluation: Evaluation, record: dict[str, Any]) -> None:
+    """Raise IncompatibleError unless the evaluation is of the adapter on that side of the realignment."""
+    from ..errors import IncompatibleError
+
+    expected, found = record[f"fingerprint_{side}"], evaluation.settings.get("fingerprint")
+    if found == expected:
+        return
+    other = "after" if side == "before" else "before"
+    if found == record[f"fingerprint_{other}"]:
+        of_what = f"the adapter {other} the realignment; exchange --before and --after"
+    else:
+        of_what = f"adapter {found}" if found else "no adapter that it names (the base model, or an older file?)"
+        of_what += f", expected {expected}; write it with: peft-nlsr evaluate ADAPTER -o {path}"
+    raise IncompatibleError(f"--{side} {path} is an evaluation of {of_what}")
 
 
 def _evaluation(path: Path) -> Any:

@@ -175,7 +175,8 @@ def what_alignment_changed(lab: Lab) -> Path:
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Per method and cell the mean of each rate with its 95% interval, in the order of the rows.
 
-    The intervals are those of :func:`rate_interval`.
+    The intervals are those of :func:`rate_interval`, over the ``seeds`` without the ``refused_seeds``;
+    ``refused`` is why the first of these was refused, and None where there are none.
     """
     cells: dict[tuple[str, str, float, str], list[Row]] = {}
     for row in rows:
@@ -188,11 +189,13 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "method": method,
             "preset": found[0].preset,
             "seeds": len(found),
-            "refused": found[0].refused,
-            "seconds": statistics.mean(row.seconds for row in found),
-            "rates": {} if found[0].scores is None else {name: rate_interval(_scores(found), name) for name in RATES},
+            "refused_seeds": len(found) - len(scores),
+            "refused": next((row.refused for row in found if row.scores is None), None),
+            "seconds": statistics.mean(row.seconds for row in found if row.scores is not None or not scores),
+            "rates": {name: rate_interval(scores, name) for name in RATES} if scores else {},
         }
         for (task, lineage, poison, method), found in cells.items()
+        for scores in [_scores(found)]
     ]
 
 
