@@ -245,8 +245,8 @@ class Comparison:
         said = [] if first is None else [f"judges: {'; '.join(first.judges)}"]
         if first is not None and ANSWERS in first.rates:
             said.append(
-                f"{metric(ANSWERS).label}: tokens of your own answers, on {first.settings['answer_rows']}; a method and "
-                "its controls without those that its screening took out"
+                f"{metric(ANSWERS).label}: tokens of your own answers, on {first.settings['answer_rows']}; a method "
+                "and its controls without those that its screening took out"
             )
         return said + ([f"means of {seeds} seeds; the paired test is the weakest of them"] if seeds > 1 else [])
 
