@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from .adapters import Adapter, LiveAdapter, open_adapter
+from .adapters import Adapter, LiveAdapter
 from .calibration import SafetyStatistics, calibrate
 from .config import NLSRConfig
 from .examples import collated
@@ -14,7 +14,7 @@ from .generation import find_tokenizer
 from .judges import Judge, refuses
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
-from .reference import Reference, reference_for_masks
+from .reference import Reference, opened, reference_for_masks
 from .screening import answer_safety_prompts, padding_of
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,4 @@ def amplified(aligned: Adapter, weak: Any, config: NLSRConfig) -> Reference:
     """The reference that masks are made of: the aligned adapter, pre-amplified (NLSR eq. 2)."""
     factors = aligned.snapshot() if isinstance(aligned, LiveAdapter) else aligned
     reference = Reference("adapter", factors, "the aligned adapter", aligned.info.base_model)
-    return reference_for_masks(
-        reference, weak if weak is None or isinstance(weak, Mapping) else open_adapter(weak), config
-    )
+    return reference_for_masks(reference, opened(weak), config)

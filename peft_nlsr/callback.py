@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import CONFIG_FILE, LiveAdapter
+from .applying import adopt, forget_realignments
 from .config import NLSRConfig
 from .defaults import MAX_NEW_TOKENS, TOLERANCE
 from .distributed import gathered_factors, on_replicas, write_updates
@@ -42,7 +43,7 @@ from .processes import on_every_rank
 from .projection import require_delta
 from .prompt_sets import PromptSet
 from .ranks import Ranks
-from .realign import adopt, choose_method, forget_realignments, plan, takes_delta, takes_utility
+from .realign import choose_method, plan, takes_delta, takes_utility
 from .record import Realignment
 from .reference import BASE_REFERENCE, Reference, read_reference, starting_point
 from .registration import unclaimed_files, wrap_trainer

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .applying import apply, revert
 from .config import NLSRConfig
 from .controls import BENIGN, CONTROLS, MATCHED, Size, as_realignment, entries_of, size_of
 from .errors import CorruptFileError, PeftNLSRError
@@ -27,7 +28,6 @@ from .lowrank import LowRank, fingerprint
 from .measuring import EvaluationSettings
 from .planning import Method, Planned, Planner, as_rows, data_digest
 from .plots import pareto
-from .realign import apply, revert
 from .record import Realignment, versions
 from .report import metric, say_p, say_value
 from .result_file import OTHERWISE, ResultFile, key_of

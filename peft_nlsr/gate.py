@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .adapters import LiveAdapter
+from .applying import apply, revert
 from .blocks import as_teacher
 from .config import NLSRConfig
 from .defaults import TOLERANCE
@@ -25,7 +26,6 @@ from .judges import Judge
 from .measuring import EvaluationSettings
 from .offloading import input_device
 from .prompt_sets import prompt_text
-from .realign import apply, revert
 from .record import Realignment
 from .reference import Reference, read_reference
 from .report import SafetyReport, metric

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapters import LiveAdapter, open_adapter
+from .applying import realignment_of
 from .calibration import SafetyStatistics, calibrate, needs_codes
 from .config import NLSRConfig
 from .errors import PeftNLSRError
@@ -20,9 +21,9 @@ from .judges import Judge, refuses
 from .lowrank import LowRank
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
-from .realign import choose_method, plan, realignment_of
+from .realign import choose_method, plan
 from .record import Realignment, fingerprint
-from .reference import BASE_REFERENCE, Reference, read_reference, reference_for_masks
+from .reference import BASE_REFERENCE, Reference, opened, read_reference, reference_for_masks
 from .result_file import key_of
 from .screening import TeachingData, padding_of, prepare_data
 
@@ -193,7 +194,7 @@ class Planner:
             return Planned(self._plan_alone(method), None, source, None)  # says what is missing
         if patch is not None:
             return Planned(self._plan_patch(config, patch), patch, source, None)
-        weak = method.weak if method.weak is None or isinstance(method.weak, Mapping) else open_adapter(method.weak)
+        weak = opened(method.weak)
         amplified = reference_for_masks(source, weak, config)
         statistics = self._calibrated(config, source, amplified, weak) if needs_data else None
         patch = build_nlsr_patch(amplified, statistics, config)

@@ -1,7 +1,6 @@
-"""Realignment of a live model: plan, apply, revert, and all three in one call.
+"""Realignment of a live model: which method, what it would change, and the change itself in one call.
 
-Everything is computed and checked before the first parameter changes; a failure leaves the model as it was, on every
-rank where several work together.
+Everything is computed and checked before the first parameter changes (``applying``).
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 
 from . import fgsn
-from .adapters import Adapter, LiveAdapter, open_adapter
+from .adapters import Adapter, LiveAdapter
+from .applying import apply_together, realignment_of
 from .baselines import add_safety_vector, prune
 from .blocks import Factors
 from .calibration import calibrate, collect_statistics
@@ -36,18 +35,13 @@ from .projection import read_delta
 from .prompts import builtin_prompts
 from .ranks import ALONE, Ranks
 from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, fingerprint, new_record
-from .reference import BASE_REFERENCE, Reference, factor_cosine, read_reference, reference_for_masks
-from .registration import forget, keep_with_adapter
-from .report import SafetyReport
+from .reference import BASE_REFERENCE, Reference, factor_cosine, opened, read_reference, reference_for_masks
 from .safelora import decide_safelora, project
 from .screening import TeachingData, padding_of, prepare_data
 from .selection import Decision
 from .two_teacher import solve_two_teacher
 
 logger = logging.getLogger(__name__)
-
-RECORD_ATTRIBUTE = "nlsr_realignment"
-_RECORDS = "_nlsr_realignments"  # adapter name -> its realignment, the latest last
 
 
 def nlsr_realign(
@@ -116,7 +110,7 @@ def nlsr_realign(
         data_parallel=data_parallel,
         progress=progress,
     )
-    _apply(peft_model, planned, Ranks.launched() if data_parallel else ALONE)
+    apply_together(peft_model, planned, Ranks.launched() if data_parallel else ALONE)
     return peft_model
 
 
@@ -204,7 +198,7 @@ def _made(
         if method == "fgsn":
             return _plan_fgsn(adapter, config, reference, data, earlier)
         if method in ("sum", "swap"):
-            return _plan_nlsr(adapter, replace(config, update=method), patch, reference, _open(weak), data)
+            return _plan_nlsr(adapter, replace(config, update=method), patch, reference, opened(weak), data)
         if method == "one_shot":
             return _plan_one_shot(adapter, config, reference, data)
         return _plan_two_teacher(adapter, config, reference, data)
@@ -538,118 +532,6 @@ def _as_stored(update: LowRank, original: LowRank) -> LowRank:
     return LowRank(update.A.to("cpu", dtype), update.B.to("cpu", dtype), update.scale)
 
 
-def apply(peft_model: Any, planned: Realignment) -> Realignment:
-    """Write a planned realignment into the model it was planned for, all of it or nothing.
-
-    Raises:
-        IncompatibleError: the adapter has changed since it was planned, or the plan is a dry run on files.
-    """
-    return _apply(peft_model, planned, ALONE)
-
-
-def _apply(peft_model: Any, planned: Realignment, ranks: Ranks) -> Realignment:
-    """Every rank writes, or none does; a failure until the record is kept undoes the write."""
-    adapter = LiveAdapter(peft_model, planned.adapter_name)
-    with adapter.undone_on_failure(adapter):
-        with ranks.together():
-            _require_planned_for(adapter, planned)
-            adapter.write(planned.updates)
-            after = fingerprint(LiveAdapter(peft_model, planned.adapter_name))
-        return _noted(adapter.model, replace(planned, fingerprint_after=after), None)
-
-
-def _require_planned_for(adapter: LiveAdapter, planned: Realignment) -> None:
-    if set(planned.updates) != set(planned.restored):
-        raise IncompatibleError("this plan holds no updates (a dry run on files); make one with plan(model, ...)")
-    if fingerprint(adapter) not in (planned.fingerprint_before, planned.data.get(fgsn.CONTINUES)):
-        raise IncompatibleError(
-            f"adapter {planned.adapter_name!r} is not the one this realignment was planned for (its weights differ); "
-            "plan again"
-        )
-
-
-def adopt(
-    peft_model: Any, planned: Realignment, factors: Mapping[str, LowRank], report: SafetyReport | None = None
-) -> Realignment:
-    """Note on a model that its weights are the realigned ones, so that ``revert`` and every save know it.
-
-    Args:
-        planned: the realignment, whose updates were written already.
-        factors: the adapter's factors as they are now, whole (a sharded model's are gathered).
-        report: what was measured, saved and pushed with the adapter.
-    """
-    return _noted(peft_model, replace(planned, fingerprint_after=fingerprint(factors)), report)
-
-
-def _noted(peft_model: Any, done: Realignment, report: SafetyReport | None) -> Realignment:
-    """Keep the claim, which every save checks against the weights, and then the record, which nothing checks."""
-    bare = extract_model_from_parallel(peft_model, keep_torch_compile=False)
-    keep_with_adapter(bare, done, None if report is None else replace(report, record=done.to_dict()))
-    _keep(bare, {**_records_but(bare, done.adapter_name), done.adapter_name: done})
-    return done
-
-
-def forget_realignments(peft_model: Any) -> None:
-    """Drop every record from a model, for instance because it is about to be trained again; weights stay."""
-    bare = extract_model_from_parallel(peft_model, keep_torch_compile=False)
-    for name in list(getattr(bare, _RECORDS, {})):
-        _keep(bare, _records_but(bare, name))
-        forget(bare, name)
-
-
-def revert(peft_model: Any, adapter_name: str | None = None) -> Any:
-    """Give an adapter back the weights it had before :func:`nlsr_realign`, bit for bit; returns the same model.
-
-    Args:
-        peft_model: the realigned model.
-        adapter_name: which adapter; the one that was realigned last when None.
-
-    Raises:
-        PeftNLSRError: the adapter was not realigned, or was changed afterwards.
-    """
-    bare = extract_model_from_parallel(peft_model, keep_torch_compile=False)
-    records: dict[str, Realignment] = getattr(bare, _RECORDS, {})
-    name = adapter_name or next(reversed(records), None)
-    if name not in records:
-        of_whom = "this model" if name is None else f"adapter {name!r}"
-        raise PeftNLSRError(
-            f"{of_whom} holds no realignment to revert; saved adapters are reverted with revert_folder"
-        )
-    done = records[name]
-    adapter = LiveAdapter(peft_model, name)
-    if fingerprint(adapter) != done.fingerprint_after:
-        raise PeftNLSRError(
-            "the adapter's weights changed after the realignment, so its original no longer fits them; nothing was "
-            "reverted"
-        )
-    adapter.write(done.originals)
-    _keep(adapter.model, _records_but(adapter.model, name))
-    forget(adapter.model, name)
-    return peft_model
-
-
-def realignment_of(adapter: LiveAdapter) -> Realignment | None:
-    """The realignment that the adapter's weights are the result of; None where they were trained since."""
-    records: dict[str, Realignment] = getattr(adapter.model, _RECORDS, {})
-    done = records.get(adapter.info.adapter_name)
-    return done if done is not None and done.fingerprint_after == fingerprint(adapter) else None
-
-
-def _records_but(model: Any, adapter_name: str) -> dict[str, Realignment]:
-    """The realignments of the model's other adapters."""
-    records: dict[str, Realignment] = getattr(model, _RECORDS, {})
-    return {name: done for name, done in records.items() if name != adapter_name}
-
-
-def _keep(model: Any, records: dict[str, Realignment]) -> None:
-    if records:
-        setattr(model, _RECORDS, records)
-        setattr(model, RECORD_ATTRIBUTE, records[next(reversed(records))])
-    else:
-        delattr(model, _RECORDS)
-        delattr(model, RECORD_ATTRIBUTE)
-
-
 def _earlier(adapter: LiveAdapter, config: NLSRConfig, previous: str | os.PathLike[str] | None) -> fgsn.Earlier | None:
     """The FGSN runs that this one continues; None for a fresh adapter, an error for one realigned in another way."""
     if previous is not None:
@@ -671,9 +553,3 @@ def _earlier(adapter: LiveAdapter, config: NLSRConfig, previous: str | os.PathLi
             "realign it in another way"
         )
     return fgsn.Earlier.of(done)
-
-
-def _open(weak: Any) -> Mapping[str, LowRank] | None:
-    if weak is None or isinstance(weak, Mapping):
-        return weak
-    return open_adapter(weak)

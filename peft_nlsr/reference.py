@@ -81,6 +81,11 @@ def require_same_shapes(adapter: Mapping[str, LowRank], reference: Mapping[str, 
             )
 
 
+def opened(source: Any) -> Mapping[str, LowRank] | None:
+    """The updates of a folder or Hub id; a mapping of updates, or None, as it is."""
+    return source if source is None or isinstance(source, Mapping) else open_adapter(source)
+
+
 def starting_point(adapter: Mapping[str, LowRank]) -> Reference:
     """The adapter as it is now, as the reference of what it will become; the base model while its update is zero."""
     base = adapter.info.base_model if isinstance(adapter, Adapter) else None

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .applying import apply, revert
 from .config import NLSRConfig
 from .defaults import TOLERANCE
 from .errors import PeftNLSRError
@@ -28,7 +29,6 @@ from .generation import quiet
 from .measuring import EvaluationSettings
 from .planning import Method, Planner
 from .prompt_sets import PromptSet, prompt_text
-from .realign import apply, revert
 from .record import Realignment, versions
 from .report import metric, say_interval, say_value
 from .result_file import ResultFile, key_of

@@ -25,14 +25,15 @@ LEVELS = {
     **dict.fromkeys(["calibration", "two_teacher", "plots", "card", "eval_results"], 7),
     **dict.fromkeys(["nlsr", "fgsn", "safelora", "baselines", "claims", "summing"], 8),
     "registration": 9,
-    **dict.fromkeys(["realign", "folders", "building"], 10),
-    **dict.fromkeys(["distributed", "gate", "planning", "inspection", "publishing", "verification"], 11),
-    **dict.fromkeys(["controls", "callback"], 12),
-    **dict.fromkeys(["comparison", "tuning"], 13),
-    "__init__": 14,
-    "lab": 15,  # stands for every file of the lab, which sees the package as a user does
-    "cli": 16,  # stands for every file of the command line; above the lab, because it offers the lab's demo
-    "__main__": 17,
+    **dict.fromkeys(["applying", "folders", "building"], 10),
+    "realign": 11,
+    **dict.fromkeys(["distributed", "gate", "planning", "inspection", "publishing", "verification"], 12),
+    **dict.fromkeys(["controls", "callback"], 13),
+    **dict.fromkeys(["comparison", "tuning"], 14),
+    "__init__": 15,
+    "lab": 16,  # stands for every file of the lab, which sees the package as a user does
+    "cli": 17,  # stands for every file of the command line; above the lab, because it offers the lab's demo
+    "__main__": 18,
 }
 LIGHT = [
     "config",

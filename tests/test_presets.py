@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_nlsr.adapters import LiveAdapter
+from peft_nlsr.applying import apply
 from peft_nlsr.calibration import calibrate
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.nlsr import build_nlsr_patch
-from peft_nlsr.realign import apply, plan
+from peft_nlsr.realign import plan
 from peft_nlsr.record import Realignment
 from peft_nlsr.reference import Reference, reference_for_masks
 
