@@ -364,7 +364,7 @@ def test_an_interrupt_while_the_record_is_made_undoes_the_write(
 
     model, reference = make_pico_lora(), make_pico_lora()
     trainer_for(reference, tmp_path / "reference").train()
-    monkeypatch.setattr("peft_nlsr.realign.keep_with_adapter", interrupted)
+    monkeypatch.setattr("peft_nlsr.applying.keep_with_adapter", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, tmp_path / "stopped", callback()).train()
     assert_same_factors(factors_of(model), factors_of(reference))

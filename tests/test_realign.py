@@ -39,10 +39,10 @@ from peft_nlsr import (
     Reference,
     SafetyPatch,
     apply,
+    applying,
     builtin_prompts,
     nlsr_realign,
     plan,
-    realign,
     revert,
     screening,
 )
@@ -551,7 +551,7 @@ def test_an_interrupt_until_the_record_is_kept_undoes_the_write(
 ) -> None:
     config, given = call("sum-patch", inputs)
     planned, before = plan(tuned, config, **given), factors_of(tuned)
-    original, calls = getattr(realign, place), []
+    original, calls = getattr(applying, place), []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(place)
@@ -559,7 +559,7 @@ def test_an_interrupt_until_the_record_is_kept_undoes_the_write(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(realign, place, interrupted)
+    monkeypatch.setattr(applying, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply(tuned, planned)
     monkeypatch.undo()
