@@ -100,7 +100,17 @@ def _target_text(target: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the configuration, run it, write the results and print them as a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from_command_line(__doc__, run, table, arguments)
+
+
+def from_command_line(
+    about: str | None,
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    arguments: list[str] | None,
+) -> None:
+    """A benchmark's command: a configuration of cases in, JSON out, the table on the terminal."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="JSON file with the cases to run")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args(arguments)

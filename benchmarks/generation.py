@@ -8,12 +8,9 @@ and what the loop's first tokens cost alone: no batching makes the prompts thems
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_nlsr.generation import generate_answers
 from peft_nlsr.record import versions
 
-from .engine import cpu_model
+from .engine import cpu_model, from_command_line
 from .timing import alternate, timed
 
 Tokens = tuple[int, ...]
@@ -115,14 +112,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the configuration, run it, write the results and print them as a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with the cases to run")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    given = parser.parse_args(arguments)
-    results = run(json.loads(given.config.read_text("utf-8")))
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    print(table(results))
+    from_command_line(__doc__, run, table, arguments)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from .realign import choose_method, plan, takes_delta, takes_utility
 from .record import Realignment
 from .reference import BASE_REFERENCE, Reference, read_reference, starting_point
 from .registration import unclaimed_files, wrap_trainer
-from .screening import safest
+from .screening import refused_rows, safest
 
 logger = logging.getLogger(__name__)
 
@@ -446,7 +446,7 @@ def _metrics(outcome: Outcome) -> dict[str, float]:
     if outcome.realignment is not None:
         done = outcome.realignment
         found["nlsr/modules_restored"] = len(done.restored)
-        found["nlsr/training_prompts_refused"] = len(done.data.get("utility", {}).get("refused_rows", ()))
+        found["nlsr/training_prompts_refused"] = len(refused_rows(done.data))
         found["nlsr/kept"] = float(outcome.verdict.kept)
         found["nlsr/seconds"] = round(outcome.seconds, 3)
     return found

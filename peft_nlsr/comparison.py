@@ -22,7 +22,7 @@ from .controls import BENIGN, CONTROLS, MATCHED, Size, as_realignment, entries_o
 from .errors import CorruptFileError, PeftNLSRError
 from .evaluation import Evaluation, Measurement, paired_tests
 from .files import read_json, write_json
-from .gate import ANSWERS, AnswerRows, drawn_answers, screened_out, with_answers
+from .gate import ANSWERS, AnswerRows, drawn_answers, with_answers
 from .intervals import McNemar, student_mean, wilson
 from .lowrank import LowRank, fingerprint
 from .measuring import EvaluationSettings
@@ -31,6 +31,7 @@ from .plots import pareto
 from .record import Realignment, versions
 from .report import metric, say_p, say_value
 from .result_file import OTHERWISE, ResultFile, key_of
+from .screening import refused_rows
 
 SCHEMA_VERSION = 1
 FINE_TUNED = "fine-tuned"
@@ -422,7 +423,7 @@ class _Run:
         seeded = replace(method, config=method.config.replace(nlsr_seed=method.config.nlsr_seed + seed))
         benign = self._plan_benign(seeded) if what == BENIGN else None
         planned = self._plan_method(seeded, seed)
-        refused = screened_out(planned.realignment)
+        refused = refused_rows(planned.realignment.data)
         if what not in MATCHED:
             own = benign or planned
             return own.realignment, sum(map(sum, entries_of(own).values())), refused

@@ -329,10 +329,15 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"fingerprint_before", "fingerprint_after"} <= set(record) else None
 
 
+def is_realigned(source: AdapterFolder) -> bool:
+    """Whether the weights in a folder are those that its record says a realignment gave."""
+    record = finished_record(source.path)
+    return record is not None and record["fingerprint_after"] == fingerprint(source)
+
+
 def require_fresh(source: AdapterFolder) -> None:
     """Raise PeftNLSRError for an adapter that is realigned already, and whose originals a second run would lose."""
-    record = finished_record(source.path)
-    if record is not None and record["fingerprint_after"] == fingerprint(source):
+    if is_realigned(source):
         raise PeftNLSRError(
             f"{source.path} is realigned already; write its original with revert_folder (peft-nlsr revert) and "
             "realign that in another way"

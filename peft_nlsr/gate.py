@@ -30,7 +30,7 @@ from .record import Realignment
 from .reference import Reference, read_reference
 from .report import SafetyReport, metric
 from .report import verdict as effect_of
-from .screening import accepted, rows_left, rows_meant
+from .screening import accepted, rows_fitted, rows_meant
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def answer_accuracy(model: Any, examples: Sequence[Example], *, batch_size: int,
     Raises:
         ValueError: no example has both an answer and something before it.
     """
-    usable = [e for e in examples if e.answer and len(e.tokens) > 1]
+    usable = _answered(examples)
     if not usable:
         raise ValueError(f"answer accuracy needs examples with answers, found none among {len(examples)}")
     device = input_device(model)
@@ -148,8 +148,8 @@ def answer_rows(
     here, unless the settings say ``screening=False``.
     """
     config = planned.config
-    meant = _answered(rows_meant(sample(utility, tokenizer, config, times=2), planned.data))
-    left = _answered(rows_left(utility, planned.data, tokenizer, config))
+    drawn = rows_meant(sample(utility, tokenizer, config, times=2), planned.data)
+    meant, left = _answered(drawn), _answered(drawn[rows_fitted(planned.data) :])
     unseen = len(left) >= min(_FEWEST_ROWS, len(meant))
     rows = (left if unseen else meant)[-_CHECKED_ROWS:]
     if rows and config.screening and "refused_rows" not in planned.data.get("utility", {}):
@@ -169,11 +169,6 @@ def drawn_answers(utility: Iterable[Any] | None, tokenizer: Any, config: NLSRCon
     drawn = sample(utility, tokenizer, config, times=2)
     rows = _answered(drawn)[-_CHECKED_ROWS:]
     return AnswerRows(tuple(rows), len(drawn) - len(rows) >= config.max_samples)
-
-
-def screened_out(planned: Realignment) -> set[int]:
-    """Positions of the user's rows that the safe teacher refused; their answers are meant to be lost."""
-    return set(planned.data.get("utility", {}).get("refused_rows", ()))
 
 
 def with_answers(

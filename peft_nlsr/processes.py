@@ -86,16 +86,23 @@ class Attempt:
 
     def settle(self) -> None:
         """Raise, on every rank, the first error that any rank has met."""
-        errors = from_all_ranks(None if self.error is None else portable(self.error))
-        if self.error is not None:
-            raise self.error
-        for rank, error in enumerate(errors):
-            if error is not None:
-                logger.error("stopped, because rank %d raised %s", rank, type(error).__name__)
-                raise error
+        met = met_by_any(self.error)
+        if met is not None:
+            raise met
 
 
-def portable(error: BaseException) -> BaseException:
+def met_by_any(own: BaseException | None) -> BaseException | None:
+    """This rank's error, else the first that another rank has met, which is logged; None where no rank met one."""
+    errors = from_all_ranks(None if own is None else _portable(own))
+    if own is not None:
+        return own
+    number, met = next(((i, error) for i, error in enumerate(errors) if error is not None), (0, None))
+    if met is not None:
+        logger.error("stopped, because rank %d raised %s", number, type(met).__name__)
+    return met
+
+
+def _portable(error: BaseException) -> BaseException:
     """The error itself when it survives pickling, else one with its name and message."""
     try:
         again = pickle.loads(pickle.dumps(error))

@@ -6,7 +6,6 @@ work between two such steps needs no word about errors. :data:`ALONE` is one pro
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from .errors import IncompatibleError, PeftNLSRError
-from .processes import Packed, from_all_ranks, others_waiting, portable, rank, received, world_size
-
-logger = logging.getLogger(__name__)
+from .processes import Packed, from_all_ranks, met_by_any, others_waiting, rank, received, world_size
 
 T = TypeVar("T")
 
@@ -156,10 +153,8 @@ class Ranks:
         dist.all_reduce(failed)
         if not bool(failed):
             return
-        errors = from_all_ranks(None if error is None else portable(error))
-        if error is None:
-            number, met = next((i, met) for i, met in enumerate(errors) if met is not None)
-            logger.error("stopped, because rank %d raised %s", number, type(met).__name__)
+        met = met_by_any(error)
+        if error is None and met is not None:
             raise _Elsewhere(met)
 
 

@@ -104,22 +104,21 @@ def _utility(
     return kept, refused, record, _screening_notes(record)
 
 
-def rows_left(utility: Iterable[Any], record: Mapping[str, Any], tokenizer: Any, config: NLSRConfig) -> list[Example]:
-    """The user's examples that a repair was not fitted to: what is left of the draw, less what was refused.
-
-    Args:
-        utility: the same data that the repair was given.
-        record: its ``data``; a fit takes the first ``used`` examples of the draw that the safe teacher did not refuse.
-    """
-    of_utility = record.get("utility", {})
-    used = of_utility.get("used", 0) if of_utility.get("source") == "given" else 0
-    return rows_meant(sample(utility, tokenizer, config, times=2), record)[used:]
-
-
 def rows_meant(rows: Sequence[Example], record: Mapping[str, Any]) -> list[Example]:
     """The rows whose answers are to be kept: those that the safe teacher did not refuse, by the record of a repair."""
-    refused = set(record.get("utility", {}).get("refused_rows", ()))
+    refused = refused_rows(record)
     return [e for e in rows if e.index not in refused]
+
+
+def refused_rows(record: Mapping[str, Any]) -> set[int]:
+    """Positions of the user's rows that the safe teacher refused, by the ``data`` of a repair."""
+    return set(record.get("utility", {}).get("refused_rows", ()))
+
+
+def rows_fitted(record: Mapping[str, Any]) -> int:
+    """How many of :func:`rows_meant` a repair was fitted to, which are the first ones, by its ``data``."""
+    of_utility = record.get("utility", {})
+    return int(of_utility.get("used", 0)) if of_utility.get("source") == "given" else 0
 
 
 def accepted(

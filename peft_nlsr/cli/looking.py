@@ -97,12 +97,10 @@ def inspect(
 def _after_inspecting(adapter: str, base: str | None) -> str:
     """The command to realign the adapter; of one that is realigned already, the one that shows how."""
     from ..adapters import AdapterFolder, open_adapter
-    from ..folders import finished_record
-    from ..record import fingerprint
+    from ..folders import is_realigned
 
     opened = open_adapter(adapter)
-    record = finished_record(opened.path) if isinstance(opened, AdapterFolder) else None
-    if record is not None and record["fingerprint_after"] == fingerprint(opened):
+    if isinstance(opened, AdapterFolder) and is_realigned(opened):
         return command("report", adapter)
     return command("realign", adapter, "--base", base or "MODEL", "--utility", "DATA", "-o", "OUT")
 
