@@ -200,6 +200,22 @@ class TestTraining:
         for name, value in model.unload().state_dict().items():
             assert torch.equal(value, before[name])
 
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_one_step_goes_down_the_gradient_or_moves_every_entry_alike(self, lab, optimizer):
+        text = training.encode_examples(lab.tokenizer, lab.safety_data(1))
+        model = training.add_lora(lab.base_model(), rank=2, seed=0)
+        trained = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+        training.lm_loss(model, text).backward()
+        gradients = {name: p.grad.clone() for name, p in trained.items()}
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()  # those of A are zero, because B is
+        model.zero_grad()
+        schedule = training.Schedule(steps=1, batch_size=1, learning_rate=0.1, seed=0, optimizer=optimizer)
+        training.fit(model, text, training.lm_loss, schedule=schedule, progress=lambda fraction: None)
+        for name, g in gradients.items():
+            clipped = g / norm.clamp(min=1.0)
+            expected = -0.1 * clipped if optimizer == "sgd" else -0.1 * clipped / (clipped.abs() + 1e-8)
+            torch.testing.assert_close(trained[name].detach(), expected, rtol=1e-4, atol=1e-7)
+
 
 class TestStages:
     def test_two_runs_give_the_same_adapter(self, lab, tmp_path):
@@ -475,6 +491,16 @@ class TestAdapterShape:
         opened = open_adapter(lab.load(lab.fine_tuned("hard", lineage)))
         assert {name.rpartition(".")[2] for name in opened} == {"q_proj", "k_proj", "v_proj", "o_proj"}
         assert {(update.rank, update.scale) for update in opened.values()} == {(4, 2.0)}
+
+    def test_an_unknown_optimizer_is_refused(self):
+        with pytest.raises(ValueError, match="'adam'; expected one of adamw, sgd"):
+            LabConfig(dpo_optimizer="adam")
+
+    def test_the_aligned_adapter_is_trained_with_the_optimizer_that_was_asked_for(self, lab, cache):
+        other = micro_lab(cache, dpo_optimizer="adamw")
+        assert other.base_path == lab.base_path
+        ours, theirs = weights(lab.aligned_adapter), weights(other.aligned_adapter)
+        assert not any(torch.equal(value, theirs[name]) for name, value in ours.items() if "lora_B" in name)
 
     @pytest.mark.parametrize("change", [{"dpo_rank": -1}, {"dpo_modules": "mlp"}])
     def test_an_impossible_shape_is_refused(self, change):

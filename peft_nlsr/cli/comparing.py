@@ -121,7 +121,7 @@ def compare(
     """Measure methods side by side on one adapter, each with the controls that may explain its effect.
 
     Example: peft-nlsr compare ./my-adapter --base org/model --utility train.jsonl --method two_teacher --method
-    "strong:utility_weight=0.5" -o comparison.json
+    "strong:utility_weight=0.2" -o comparison.json
     """
     from .. import comparison
 
@@ -265,7 +265,7 @@ def _values(ctx: typer.Context, text: str, preset: str) -> tuple[str, list[Any]]
     name, separator, values = text.partition("=")
     tried = [value.strip() for value in values.split(",") if value.strip()]
     if not separator or not tried:
-        usage_error(f"--space {text}: expected NAME=VALUE,VALUE,..., like --space utility_weight=0.5,1,2")
+        usage_error(f"--space {text}: expected NAME=VALUE,VALUE,..., like --space utility_weight=0.25,0.5,1")
     name = name.strip().replace("-", "_")
     return name, [getattr(settings_of(ctx, preset, [f"{name}={value}"]), name) for value in tried]
 

@@ -79,9 +79,14 @@ class LabConfig:
     sft_batch: int = _knob(32, "Examples per update.")
     sft_rate: float = _knob(1e-3, "Peak learning rate of supervised alignment.")
     dpo_pairs: int = _knob(800, "Preference pairs of the aligned adapter.")
-    dpo_steps: int = _knob(200, "Updates of the aligned adapter.")
+    dpo_steps: int = _knob(400, "Updates of the aligned adapter.")
     dpo_batch: int = _knob(16, "Pairs per update.")
-    dpo_rate: float = _knob(3e-3, "Peak learning rate of preference alignment.")
+    dpo_rate: float = _knob(0.1, "Peak learning rate of preference alignment; adamw wants about 3e-3.")
+    dpo_optimizer: str = _knob(
+        "sgd",
+        "sgd, whose updates are as uneven as the gradients, or adamw, which moves every entry about alike, so that no "
+        "small share of the entries carries the alignment.",
+    )
     dpo_beta: float = _knob(0.3, "DPO temperature; larger stays closer to the aligned base.")
     dpo_anchor: float = _knob(1.0, "Weight of the chosen answer's own loss; 0 is plain DPO.")
     dpo_rank: int = _knob(0, "Rank of the aligned adapter and of the user's; 0 is lora_rank.")
@@ -108,6 +113,10 @@ class LabConfig:
             raise ValueError(
                 f"Found dpo_rank={self.dpo_rank} and dpo_modules={self.dpo_modules!r}; expected a rank of at least 0 "
                 f"and one of {', '.join(training.LINEARS)}."
+            )
+        if self.dpo_optimizer not in training.OPTIMIZERS:
+            raise ValueError(
+                f"Found dpo_optimizer={self.dpo_optimizer!r}; expected one of {', '.join(training.OPTIMIZERS)}."
             )
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
@@ -266,7 +275,8 @@ class Lab:
         )
         pairs = training.with_reference(model, [Preference(*pair) for pair in zip(chosen, rejected, strict=True)])
         loss = partial(training.dpo_loss, beta=self.config.dpo_beta, anchor=self.config.dpo_anchor)
-        training.fit(model, pairs, loss, schedule=self._schedule("dpo"), progress=report)
+        schedule = replace(self._schedule("dpo"), optimizer=self.config.dpo_optimizer)
+        training.fit(model, pairs, loss, schedule=schedule, progress=report)
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _fine_tune(

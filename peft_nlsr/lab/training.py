@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from .world import END, render
 IGNORED = -100
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = {"all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"), "attention": ATTENTION}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0, betas=(0.9, 0.98)),
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,13 @@ class Preference:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train: AdamW, linear warm-up over the first tenth, cosine decay to zero."""
+    """How long and how fast to train; linear warm-up over the first tenth, cosine decay to zero."""
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int
+    optimizer: str = "adamw"
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tokens]:
@@ -89,7 +95,7 @@ def fit(
 ) -> None:
     """Train the trainable parameters of `model` on `data` in place; `loss(model, batch)` says what to minimise."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = OPTIMIZERS[schedule.optimizer](parameters, lr=schedule.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
     model.train()
     for step, batch in enumerate(_batches(data, schedule), start=1):
