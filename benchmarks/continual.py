@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from peft_nlsr import LowRank, NLSRConfig, Realignment, apply, open_adapter, plan, student_mean, versions
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import playing
 from peft_nlsr.fgsn import edit_rows, unpack_rows
 from peft_nlsr.lab.evaluation import complied, generate
 from peft_nlsr.lab.lab import LINEAGES, Lab, LabConfig
 from peft_nlsr.lab.study import what_alignment_changed
 from peft_nlsr.lab.world import TASKS, Request, requests
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.projection import projection_of
 
 FAMILIES = 3

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from peft_nlsr import LowRank, NLSRConfig, plan, versions
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.examples import sample
 from peft_nlsr.files import write_json
 from peft_nlsr.lab import Lab, LabConfig
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.ranks import ALONE, Ranks
 from peft_nlsr.screening import padding_of
 from peft_nlsr.two_teacher import solve_two_teacher

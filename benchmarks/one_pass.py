@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import collect_statistics
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.scores import ModuleStatistics
 from peft_nlsr.selection import block_of
 

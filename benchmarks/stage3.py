@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_nlsr.adapters import WEIGHTS_FILE, AdapterFolder
+from peft_nlsr.adapter_folder import AdapterFolder
+from peft_nlsr.adapters import WEIGHTS_FILE
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.edits import masked
 from peft_nlsr.folders import realign_folder

@@ -43,7 +43,7 @@ _HOME = {
     "evaluate": "evaluation",
     "collect_baseline": "evaluation",
     "exact_match": "evaluation",
-    "open_adapter": "adapters",
+    "open_adapter": "adapter_folder",
     "CheckpointRecord": "checkpoints",
     "extract_reference": "checkpoints",
     "SafetyStatistics": "calibration",

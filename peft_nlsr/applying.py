@@ -12,9 +12,9 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 
-from .adapters import LiveAdapter
 from .errors import IncompatibleError, PeftNLSRError
 from .fgsn import CONTINUES
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .ranks import ALONE, Ranks
 from .record import Realignment, fingerprint

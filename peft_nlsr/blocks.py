@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import LiveAdapter
 from .errors import IncompatibleError, UnsupportedAdapterError
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 
 Factors = Mapping[str, LowRank] | None

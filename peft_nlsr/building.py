@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from .adapters import Adapter, LiveAdapter
+from .adapters import Adapter
 from .calibration import SafetyStatistics, calibrate
 from .config import NLSRConfig
 from .examples import collated
 from .generation import find_tokenizer
 from .judges import Judge, refuses
+from .live_adapter import LiveAdapter
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
 from .reference import Reference, opened, reference_for_masks

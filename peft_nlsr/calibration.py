@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import LiveAdapter
 from .blocks import Factors, capture, find_blocks, playing, prove_chain, require_active, run_block
 from .config import NLSRConfig
 from .edits import masked
@@ -24,6 +23,7 @@ from .errors import CalibrationError, CorruptFileError, IncompatibleError, PeftN
 from .files import read_json, write_json
 from .generation import quiet
 from .gradients import gradient_sums
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .offloading import held, input_device
 from .reference import Reference

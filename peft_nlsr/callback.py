@@ -23,7 +23,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from .adapters import CONFIG_FILE, LiveAdapter
+from .adapters import CONFIG_FILE
 from .applying import adopt, forget_realignments
 from .config import NLSRConfig
 from .defaults import MAX_NEW_TOKENS, TOLERANCE
@@ -36,6 +36,7 @@ from .gate import Measure, Outcome, measured, monitor
 from .generation import find_tokenizer
 from .hub import push_folder, stale_checkpoints
 from .judges import Judge, refuses
+from .live_adapter import LiveAdapter
 from .measuring import EvaluationSettings
 from .patch import SafetyPatch
 from .plots import save_plots

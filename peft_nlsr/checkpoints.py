@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters import WEIGHTS_FILE, AdapterFolder, factor_keys, natural_order
+from .adapter_folder import AdapterFolder
+from .adapters import WEIGHTS_FILE, factor_keys, natural_order
 from .edits import EXACT_SVD_SIDE
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .files import read_json, write_json

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .adapters import WEIGHTS_FILE, AdapterFolder, at_rank, fit_factors
+from .adapter_folder import AdapterFolder
+from .adapters import WEIGHTS_FILE, at_rank, fit_factors
 from .card import PICTURE_FILES, PICTURES, stale_card, update_card
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .adapters import LiveAdapter
 from .errors import IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .generation import model_digest
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .processes import Attempt, computed_by_rank_zero, from_all_ranks, on_every_rank, rank, world_size
 from .ranks import ALONE, Ranks

@@ -24,7 +24,6 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
-from .adapters import LiveAdapter
 from .answer_file import AnswerFile, KeptAnswer
 from .defaults import MAX_NEW_TOKENS
 from .divergence import Baseline, divergences, predictions
@@ -33,6 +32,7 @@ from .examples import Example, read_examples
 from .generation import answers_in_batches, end_ids, find_tokenizer, model_digest, pad_id, undisturbed
 from .intervals import McNemar, bootstrap_mean, mcnemar, wilson
 from .judges import Judge, coherent, judge_name, refuses, verdicts_of
+from .live_adapter import LiveAdapter
 from .lowrank import fingerprint
 from .prompt_sets import PromptSet, builtin_prompt_set, prompt_text, require_unseen
 from .prompts import KINDS

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import LiveAdapter
 from .blocks import capture, find_blocks, playing, require_active, rows_of, run_block
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CalibrationError, PeftNLSRError
 from .examples import Example, batches_of, collate
 from .files import read_json
 from .generation import quiet
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .offloading import at_hand, input_device
 from .projection import Projection, projection_of

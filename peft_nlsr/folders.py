@@ -15,7 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from .adapters import CONFIG_FILE, AdapterFolder, open_adapter
+from .adapter_folder import AdapterFolder, open_adapter
+from .adapters import CONFIG_FILE
 from .baselines import add_safety_vector
 from .card import stale_card
 from .claims import Claim, write_claim

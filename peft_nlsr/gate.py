@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .adapters import LiveAdapter
 from .applying import apply, revert
 from .blocks import as_teacher
 from .config import NLSRConfig
@@ -23,6 +22,7 @@ from .evaluation import Evaluation, Measurement, answering
 from .examples import Example, batches_of, collate, knows_words, sample
 from .generation import pad_id, quiet
 from .judges import Judge
+from .live_adapter import LiveAdapter
 from .measuring import EvaluationSettings
 from .offloading import input_device
 from .prompt_sets import prompt_text

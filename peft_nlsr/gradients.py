@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters import LiveAdapter
 from .blocks import switched_off
 from .errors import CalibrationError, UnsupportedAdapterError
+from .live_adapter import LiveAdapter
 from .scores import FactorPair
 
 DPO_BETA = 0.1

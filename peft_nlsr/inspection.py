@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, LiveAdapter, open_adapter
+from .adapter_folder import open_adapter
+from .adapters import Adapter
 from .blocks import as_teacher, find_blocks, playing, require_active
 from .errors import IncompatibleError
 from .evaluation import Evaluation, Measurement
@@ -25,6 +26,7 @@ from .files import write_json
 from .generation import find_tokenizer, generate_answers, quiet
 from .intervals import wilson
 from .judges import Judge, judge_name, refuses, verdicts_of
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank, add
 from .measuring import EvaluationSettings
 from .plots import restored_blocks

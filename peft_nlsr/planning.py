@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters import LiveAdapter, open_adapter
+from .adapter_folder import open_adapter
 from .applying import realignment_of
 from .calibration import SafetyStatistics, calibrate, needs_codes
 from .config import NLSRConfig
@@ -18,6 +18,7 @@ from .errors import PeftNLSRError
 from .examples import collated, read_examples, sample
 from .generation import find_tokenizer, model_digest
 from .judges import Judge, refuses
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch

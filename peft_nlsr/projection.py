@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, AdapterFolder, open_adapter
+from .adapter_folder import AdapterFolder, open_adapter
+from .adapters import Adapter
 from .checkpoints import models_of
 from .config import NLSRConfig
 from .errors import IncompatibleError

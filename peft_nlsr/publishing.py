@@ -21,12 +21,14 @@ from peft import PeftModel
 from torch import nn
 from yaml import YAMLError
 
-from .adapters import CONFIG_FILE, AdapterFolder, LiveAdapter
+from .adapter_folder import AdapterFolder
+from .adapters import CONFIG_FILE
 from .claims import CLAIM_FILES, Claim, settle, unclaimed
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError
 from .files import read_json, read_text, write_text
 from .hub import CARD_NAME, fetch, files_to_push, is_hub_id, push_folder, staging, stale_checkpoints
+from .live_adapter import LiveAdapter
 from .record import fingerprint
 from .report import REPORT_NAME
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import fgsn
-from .adapters import Adapter, LiveAdapter
+from .adapters import Adapter
 from .applying import apply_together, realignment_of
 from .baselines import add_safety_vector, prune
 from .blocks import Factors
@@ -28,6 +28,7 @@ from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedA
 from .examples import Example, collated, sample
 from .generation import find_tokenizer, model_digest
 from .judges import Judge, refuses
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore, truncation_norm
 from .patch import SafetyPatch

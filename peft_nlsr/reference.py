@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .adapters import Adapter, open_adapter
+from .adapter_folder import open_adapter
+from .adapters import Adapter
 from .config import NLSRConfig
 from .errors import IncompatibleError
 from .lowrank import LowRank, add

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
 from .examples import Example, knows_words, sample
 from .generation import generate_answers, pad_id, quiet
 from .judges import Judge, verdicts_of
+from .live_adapter import LiveAdapter
 from .prompts import REFUSALS, builtin_prompts
 from .ranks import ALONE, Ranks
 from .reference import Reference

@@ -15,10 +15,10 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
-from .adapters import LiveAdapter
 from .blocks import Factors, as_teacher, capture, playing, prove_chain, run_block
 from .config import NLSRConfig
 from .examples import Example, batches_of, collate, token_weights
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .offloading import input_device
 from .ranks import Ranks

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import LiveAdapter
 from .blocks import Factors, find_blocks, groups_of, playing, require_active, rows_of, run_block, run_until
 from .config import NLSRConfig
 from .costs import HELD, BlockPass, Estimate, Group, Share, choose_solver, estimate
@@ -33,6 +32,7 @@ from .edits import NormalEquations, Solved
 from .errors import CalibrationError
 from .examples import Example
 from .generation import model_digest, quiet
+from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .offloading import held
 from .ranks import ALONE, Ranks

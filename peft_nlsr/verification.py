@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from .adapters import CONFIG_FILE, AdapterFolder, download_adapter
+from .adapter_folder import AdapterFolder, download_adapter
+from .adapters import CONFIG_FILE
 from .card import PICTURES, stale_card, update_card
 from .claims import Claim, readme_of
 from .config import CONFIG_NAME, NLSRConfig

@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from tiny import assert_same_state, quick, refuses_attacks, rows, state_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_nlsr import adapters, distributed
+from peft_nlsr import distributed, live_adapter
 from peft_nlsr import examples as reading
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import collect_statistics
 from peft_nlsr.distributed import gathered_factors, on_rank_zero, on_replicas, refuse_unsupported, write_updates
 from peft_nlsr.errors import IncompatibleError
 from peft_nlsr.examples import Example, read_examples
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.processes import on_every_rank
 from peft_nlsr.prompt_sets import PromptSet
@@ -291,7 +291,7 @@ def interrupted(on: int, leave: Callable[[], Any] | None = None) -> Iterator[Non
     if dist.get_rank() != on:
         yield
         return
-    put, store, stored = distributed._put, adapters._store, itertools.count()
+    put, store, stored = distributed._put, live_adapter._store, itertools.count()
     stop = leave or (lambda: fail(KeyboardInterrupt("stop")))
 
     def put_half(new: Sequence[Any]) -> None:
@@ -304,7 +304,7 @@ def interrupted(on: int, leave: Callable[[], Any] | None = None) -> Iterator[Non
         if next(stored) == 2:
             stop()
 
-    with patch.object(distributed, "_put", put_half), patch.object(adapters, "_store", store_three):
+    with patch.object(distributed, "_put", put_half), patch.object(live_adapter, "_store", store_three):
         yield
 
 

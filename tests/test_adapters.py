@@ -23,9 +23,11 @@ from tiny import assert_same_state, state_of
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from peft_nlsr import adapters
-from peft_nlsr.adapters import Adapter, AdapterFolder, LiveAdapter, open_adapter
+from peft_nlsr import live_adapter
+from peft_nlsr.adapter_folder import AdapterFolder, open_adapter
+from peft_nlsr.adapters import Adapter
 from peft_nlsr.errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank, add
 
 MakeLora = Callable[..., PeftModel]
@@ -1129,14 +1131,14 @@ def test_an_interrupt_while_writing_leaves_everything_as_it_was(
     before, parameters = state_of(model), dict(model.named_parameters())
     adapter = LiveAdapter(model)
     updates = {name: random_like(update, seed=1, rank=rank) for name, update in adapter.items()}
-    store, calls = adapters._store, iter(range(99))
+    store, calls = live_adapter._store, iter(range(99))
 
     def interrupted(linear: Any, new: Tensor) -> None:
         store(linear, new)
         if next(calls) == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "_store", interrupted)
+    monkeypatch.setattr(live_adapter, "_store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.write(updates)
     assert_same_state(state_of(model), before)
@@ -1150,14 +1152,14 @@ def test_an_interrupt_while_the_rank_is_noted_leaves_everything_as_it_was(
     before, peft_config = state_of(model), model.peft_config["default"]
     adapter = LiveAdapter(model)
     updates = {name: random_like(update, seed=1, rank=8) for name, update in adapter.items()}
-    real, calls = adapters._rank_and_scale, iter(range(99))
+    real, calls = live_adapter.rank_and_scale_of, iter(range(99))
 
     def interrupted(config: Mapping[str, Any], name: str) -> Any:
         if config["r"] == 8 and next(calls) == 8:
             raise KeyboardInterrupt
         return real(config, name)
 
-    monkeypatch.setattr(adapters, "_rank_and_scale", interrupted)
+    monkeypatch.setattr(live_adapter, "rank_and_scale_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.write(updates)
     assert_same_state(state_of(model), before)

@@ -25,7 +25,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.calibration import (
     RECORD_NAME,
     TENSORS_NAME,
@@ -42,6 +41,7 @@ from peft_nlsr.errors import (
     PeftNLSRError,
     UnsupportedAdapterError,
 )
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.scores import low_rank_factors, rank_kept, safety_masks
 

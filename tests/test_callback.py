@@ -31,7 +31,7 @@ from peft_nlsr import (
     NLSRConfig,
     PeftNLSRError,
     Reference,
-    adapters,
+    live_adapter,
     nlsr_realign,
     open_adapter,
     revert_folder,
@@ -346,7 +346,8 @@ def test_a_repair_that_does_not_lower_harm_is_taken_back(
     last = Snapshot()
     model = make_pico_lora()
     others = [{"prompt": f"attack the vase word{i}"} for i in range(4)]
-    never = callback(evaluate=safety_prompts(), calibration=others, judge=lambda p, answers: [False] * len(answers))
+    nobody_refuses = {"evaluate": safety_prompts(), "judge": lambda p, answers: [False] * len(answers)}
+    never = callback(**nobody_refuses, calibration=others, config=quick(utility_weight=1e3))  # safety hardly counts
     trainer = trainer_for(model, tmp_path, never, last, save_strategy="steps", save_steps=2)
     with caplog.at_level(logging.ERROR):
         trainer.train()
@@ -557,7 +558,7 @@ def test_an_interrupt_leaves_the_fine_tuned_weights_in_memory_and_on_disk(
 ) -> None:
     model, reference, stored = make_pico_lora(), make_pico_lora(), count()
     trainer_for(reference, tmp_path / "reference").train()
-    store = adapters._store
+    store = live_adapter._store
 
     def interrupted(linear: Any, new: torch.Tensor) -> None:
         if next(stored) == 3:
@@ -568,7 +569,7 @@ def test_an_interrupt_leaves_the_fine_tuned_weights_in_memory_and_on_disk(
         raise KeyboardInterrupt
 
     if where == "write":
-        monkeypatch.setattr(adapters, "_store", interrupted)
+        monkeypatch.setattr(live_adapter, "_store", interrupted)
     judge = stopped if where == "plan" else refuses_attacks
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, tmp_path / "stopped", callback(judge=judge)).train()

@@ -30,7 +30,7 @@ from peft_nlsr import (
     open_adapter,
     realign_folder,
 )
-from peft_nlsr.adapters import AdapterFolder
+from peft_nlsr.adapter_folder import AdapterFolder
 from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.projection import HOW_TO_GET_ONE
 from peft_nlsr.record import fingerprint

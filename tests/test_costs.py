@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.safety.meter import metered
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.costs import (
     FULL_WIDTH,
@@ -30,6 +29,7 @@ from peft_nlsr.costs import (
 )
 from peft_nlsr.edits import NormalEquations
 from peft_nlsr.examples import Example
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.solvers import HeldTokens
 from peft_nlsr.two_teacher import solve_two_teacher

@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from tiny import assert_same_factors, assert_same_state, factors_of, state_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_nlsr.adapters import AdapterFolder, LiveAdapter
+from peft_nlsr.adapter_folder import AdapterFolder
 from peft_nlsr.calibration import SafetyStatistics, collect_statistics
 from peft_nlsr.distributed import gathered_factors, on_rank_zero, write_updates
 from peft_nlsr.errors import CalibrationError, IncompatibleError, PeftNLSRError
 from peft_nlsr.examples import read_examples
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.processes import on_every_rank
 from peft_nlsr.realign import nlsr_realign

@@ -18,7 +18,7 @@ from tiny import hashes
 from transformers import AutoModelForCausalLM
 
 from peft_nlsr import SafetyPatch, SafetyReport, open_adapter, revert_folder
-from peft_nlsr.adapters import AdapterFolder
+from peft_nlsr.adapter_folder import AdapterFolder
 from peft_nlsr.config import CONFIG_NAME
 from peft_nlsr.record import fingerprint
 

@@ -42,7 +42,6 @@ from peft_nlsr import (
     revert,
     revert_folder,
 )
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.examples import Example
 from peft_nlsr.fgsn import (
     Earlier,
@@ -58,6 +57,7 @@ from peft_nlsr.fgsn import (
     unpack_rows,
 )
 from peft_nlsr.lab import Lab, LabConfig
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.projection import projection_of
 
 MakeLora = Callable[..., PeftModel]

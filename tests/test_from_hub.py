@@ -10,7 +10,7 @@ from peft import PeftModel
 from tiny import drift, factors_of, hashes, word_tokenizer
 
 from peft_nlsr import NLSRConfig, PeftNLSRError, Reference, SafetyPatch, realign_folder, revert_folder, verify_folder
-from peft_nlsr.adapters import open_adapter
+from peft_nlsr.adapter_folder import open_adapter
 from peft_nlsr.hub import push_folder
 from peft_nlsr.nlsr import build_nlsr_patch
 

@@ -19,21 +19,23 @@ LEVELS = {
     **dict.fromkeys(["config", "result_file", "ranks"], 2),
     **dict.fromkeys(["scores", "selection", "storage", "examples"], 3),
     **dict.fromkeys(["edits", "costs", "adapters", "generation", "divergence"], 4),
-    **dict.fromkeys(["blocks", "solvers", "resuming", "patch", "reference", "record"], 5),
-    **dict.fromkeys(["evaluation", "judging", "checkpoints"], 5),
-    **dict.fromkeys(["gradients", "screening", "streams", "report", "projection", "measuring"], 6),
-    **dict.fromkeys(["calibration", "two_teacher", "plots", "card", "eval_results"], 7),
-    **dict.fromkeys(["nlsr", "fgsn", "safelora", "baselines", "claims", "summing"], 8),
-    "registration": 9,
-    **dict.fromkeys(["applying", "folders", "building"], 10),
-    "realign": 11,
-    **dict.fromkeys(["distributed", "gate", "planning", "inspection", "publishing", "verification"], 12),
-    **dict.fromkeys(["controls", "callback"], 13),
-    **dict.fromkeys(["comparison", "tuning"], 14),
-    "__init__": 15,
-    "lab": 16,  # stands for every file of the lab, which sees the package as a user does
-    "cli": 17,  # stands for every file of the command line; above the lab, because it offers the lab's demo
-    "__main__": 18,
+    "live_adapter": 5,
+    "adapter_folder": 6,
+    **dict.fromkeys(["blocks", "solvers", "resuming", "patch", "reference", "record"], 7),
+    **dict.fromkeys(["evaluation", "judging", "checkpoints"], 7),
+    **dict.fromkeys(["gradients", "screening", "streams", "report", "projection", "measuring"], 8),
+    **dict.fromkeys(["calibration", "two_teacher", "plots", "card", "eval_results"], 9),
+    **dict.fromkeys(["nlsr", "fgsn", "safelora", "baselines", "claims", "summing"], 10),
+    "registration": 11,
+    **dict.fromkeys(["applying", "folders", "building"], 12),
+    "realign": 13,
+    **dict.fromkeys(["distributed", "gate", "planning", "inspection", "publishing", "verification"], 14),
+    **dict.fromkeys(["controls", "callback"], 15),
+    **dict.fromkeys(["comparison", "tuning"], 16),
+    "__init__": 17,
+    "lab": 18,  # stands for every file of the lab, which sees the package as a user does
+    "cli": 19,  # stands for every file of the command line; above the lab, because it offers the lab's demo
+    "__main__": 20,
 }
 LIGHT = [
     "config",

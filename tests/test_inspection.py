@@ -19,9 +19,9 @@ from peft_nlsr import (
     inspect_adapter,
     wilson,
 )
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.examples import Example
 from peft_nlsr.inspection import ModuleDrift
+from peft_nlsr.live_adapter import LiveAdapter
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()

@@ -46,9 +46,9 @@ from peft_nlsr import (
     plan,
     revert,
 )
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import run_until
 from peft_nlsr.generation import generate_answers, model_digest
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.offloading import bring_in, held, input_device
 

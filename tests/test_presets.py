@@ -11,10 +11,10 @@ from oracles import Outcome, gap, lora_layers, pad, random_rows, seeded_draw
 from peft import PeftModel
 from torch import Tensor
 
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.applying import apply
 from peft_nlsr.calibration import calibrate
 from peft_nlsr.config import NLSRConfig
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.realign import plan

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_nlsr import IncompatibleError, LowRank, NLSRConfig, Reference
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.baselines import add_safety_vector
 from peft_nlsr.checkpoints import extract_reference
 from peft_nlsr.config import CHOICES
 from peft_nlsr.fgsn import edit_rows
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.projection import HOW_TO_GET_ONE, Projection, projection_of, read_delta
 from peft_nlsr.reference import BASE_REFERENCE
 from peft_nlsr.safelora import decide_safelora, project

@@ -25,7 +25,8 @@ from peft_nlsr import (
     realign_folder,
     revert_folder,
 )
-from peft_nlsr.adapters import CONFIG_FILE, open_adapter
+from peft_nlsr.adapter_folder import open_adapter
+from peft_nlsr.adapters import CONFIG_FILE
 from peft_nlsr.config import CONFIG_NAME
 from peft_nlsr.folders import DIFF_NAME
 from peft_nlsr.hub import CARD_NAME, PushError, push_folder

@@ -13,9 +13,9 @@ from tiny import assert_same_factors, drift, factors_of, quick, refuses_attacks,
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_nlsr import LowRank, NLSRConfig, UnsupportedAdapterError, nlsr_realign, open_adapter, plan, revert
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.generation import model_digest
 from peft_nlsr.gradients import gradient_sums
+from peft_nlsr.live_adapter import LiveAdapter
 
 pytest.importorskip("bitsandbytes")
 

@@ -46,7 +46,7 @@ from peft_nlsr import (
     revert,
     screening,
 )
-from peft_nlsr.adapters import LiveAdapter
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.nlsr import build_nlsr_patch, require_shared_lineage
 
 MakeLora = Callable[..., PeftModel]

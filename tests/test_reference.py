@@ -11,9 +11,9 @@ from oracles import gap, random_factors
 from peft import PeftModel
 from torch import Tensor
 
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.errors import IncompatibleError
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.reference import (
     BASE_REFERENCE,

@@ -12,10 +12,10 @@ from peft import PeftModel
 from tiny import assert_same_state, drift, factors_of, quick, refuses_attacks, rows, state_of, word_tokenizer
 
 from peft_nlsr import CalibrationError, IncompatibleError, screening
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import as_teacher
 from peft_nlsr.examples import Example
 from peft_nlsr.generation import generate_answers
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.prompts import REFUSALS
 from peft_nlsr.screening import TeachingData, answer_safety_prompts, padding_of, prepare_data
 

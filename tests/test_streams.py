@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_nlsr import streams
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import find_blocks
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.examples import Example
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.ranks import Ranks
 from peft_nlsr.streams import Stream, open_stream, weigh
 

@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from peft_nlsr import two_teacher
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.blocks import Factors
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.errors import CalibrationError, IncompatibleError, UnsupportedAdapterError
 from peft_nlsr.examples import Example
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.two_teacher import TwoTeacherSolution, solve_two_teacher
 

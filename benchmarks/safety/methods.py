@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from peft_nlsr import LowRank, NLSRConfig, Realignment, apply
-from peft_nlsr.adapters import LiveAdapter
 from peft_nlsr.controls import MATCHED, as_realignment
 from peft_nlsr.judges import refuses
 from peft_nlsr.lab import Lab
 from peft_nlsr.lab.study import METHODS, Method, what_alignment_changed
+from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.planning import Method as PlannedMethod
 from peft_nlsr.planning import Planned, Planner
 from peft_nlsr.record import ModuleRecord

@@ -42,7 +42,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..adapters import AdapterFolder
+    from ..adapter_folder import AdapterFolder
     from ..config import NLSRConfig
     from ..patch import SafetyPatch
 
@@ -96,7 +96,7 @@ def build_patch(
 
 
 def _patch_from_files(aligned: str, collected: str | None, weak: str | None, config: NLSRConfig) -> SafetyPatch:
-    from ..adapters import open_adapter
+    from ..adapter_folder import open_adapter
     from ..building import amplified
     from ..calibration import SafetyStatistics
     from ..nlsr import UNCALIBRATED, build_nlsr_patch
@@ -238,7 +238,7 @@ def extrapolate_reference(
 
     Example: peft-nlsr reference extrapolate ./aligned --weak ./sft -o ./amplified
     """
-    from ..adapters import open_adapter
+    from ..adapter_folder import open_adapter
     from ..config import CHOICES
     from ..reference import extrapolate
 

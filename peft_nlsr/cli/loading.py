@@ -61,7 +61,7 @@ def load(options: ModelOptions, adapter: str | None = None) -> Loaded:
     Raises:
         PeftNLSRError: base, adapter or tokenizer cannot be read, or do not fit; the text says which and why.
     """
-    from ..adapters import open_adapter
+    from ..adapter_folder import open_adapter
 
     source: Any = None if adapter is None else open_adapter(adapter)
     _quiet()
@@ -157,7 +157,7 @@ def _with_adapter(model: Any, source: Any) -> Any:
     """The adapter on its base, every factor with the bits of the file: PEFT loads 16-bit ones as 32-bit."""
     from peft import PeftModel
 
-    from ..adapters import LiveAdapter
+    from ..live_adapter import LiveAdapter
 
     named = f"; it was trained on {source.info.base_model}" if source.info.base_model else ""
     try:

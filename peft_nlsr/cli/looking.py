@@ -96,7 +96,7 @@ def inspect(
 
 def _after_inspecting(adapter: str, base: str | None) -> str:
     """The command to realign the adapter; of one that is realigned already, the one that shows how."""
-    from ..adapters import AdapterFolder, open_adapter
+    from ..adapter_folder import AdapterFolder, open_adapter
     from ..folders import is_realigned
 
     opened = open_adapter(adapter)

@@ -215,7 +215,7 @@ def _page(found: SafetyReport) -> str:
 
 def _report_of(adapter: Path, before: Path | None, after: Path | None) -> SafetyReport:
     """The folder's report with the given evaluations in it; one of the record alone where there is none."""
-    from ..adapters import AdapterFolder
+    from ..adapter_folder import AdapterFolder
     from ..claims import Claim
     from ..config import CONFIG_NAME
     from ..errors import PeftNLSRError
@@ -272,7 +272,7 @@ def _save_report(adapter: Path, found: SafetyReport) -> None:
     Raises:
         PeftNLSRError: the weights are not those of the record.
     """
-    from ..adapters import AdapterFolder
+    from ..adapter_folder import AdapterFolder
     from ..claims import Claim, write_claim
     from ..errors import PeftNLSRError
     from ..hub import CARD_NAME
