@@ -80,7 +80,7 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     report: dict[str, Any] = {"summary": []}
     for seed, task, lineage in itertools.product(config["seeds"], TASKS, LINEAGES):
-        lab = Lab(LabConfig(seed=seed), cache_dir=options.cache)
+        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
         for variant, settings in config["variants"].items():
             used = NLSRConfig(method="fgsn", **settings)
             cell = Cell(lab, task, lineage, used, config["shares"], config["wanted"], config["prompts"])
