@@ -30,7 +30,7 @@ from .live_adapter import LiveAdapter
 from .lowrank import LowRank, add
 from .measuring import EvaluationSettings
 from .plots import restored_blocks
-from .reference import SHARED_LINEAGE, Reference, factor_similarity, read_reference
+from .reference import Lineage, Reference, read_reference
 from .report import say_interval, say_value
 
 SCHEMA_VERSION = 1
@@ -79,6 +79,8 @@ class Inspection:
         reference: what it was compared with, one clause.
         lineage: "shared" (trained from the reference's factors), "independent", or "none" (the base model).
         factor_similarity: median cosine between the A factors; None without a reference adapter.
+        unrelated: modules whose factors are unrelated to the reference's; more than a tenth make the lineage
+            independent.
         modules: one per LoRA module, in order.
         blocks: label -> evaluation with one block's update replaced by the safe teacher's; first "fine-tuned" (none
             replaced), last "safe teacher" (all); empty when nothing was asked.
@@ -88,6 +90,7 @@ class Inspection:
     reference: str
     lineage: str
     factor_similarity: float | None
+    unrelated: tuple[str, ...]
     modules: tuple[ModuleDrift, ...]
     blocks: dict[str, Evaluation]
     outside: tuple[str, ...]
@@ -102,6 +105,7 @@ class Inspection:
         return {
             "schema_version": SCHEMA_VERSION,
             **{key: getattr(self, key) for key in ("reference", "lineage", "factor_similarity")},
+            "unrelated": list(self.unrelated),
             "modules": [asdict(module) for module in self.modules],
             "blocks": [evaluation.to_dict() for evaluation in self.blocks.values()],  # their labels say which
             "outside": list(self.outside),
@@ -170,8 +174,7 @@ def inspect_adapter(
         ModuleDrift.of(name, update, None if source.updates is None else source.updates[name])
         for name, update in opened.items()
     )
-    similarity = None if source.updates is None else factor_similarity(opened, source.updates)
-    lineage = "none" if similarity is None else "shared" if similarity >= SHARED_LINEAGE else "independent"
+    lineage = None if source.updates is None else Lineage.of(opened, source.updates)
     blocks: dict[str, Evaluation] = {}
     if evaluation is not None:
         if not isinstance(opened, LiveAdapter):
@@ -180,7 +183,14 @@ def inspect_adapter(
             raise ValueError("the blocks are judged by safety prompts, found no prompt set of that kind")
         blocks = _curve(opened, source, evaluation, tokenizer, progress)
     outside = opened.info.outside if isinstance(opened, Adapter) else ()
-    return Inspection(source.description, lineage, similarity, modules, blocks, outside)
+    return Inspection(source.description, *_said(lineage), modules, blocks, outside)
+
+
+def _said(lineage: Lineage | None) -> tuple[str, float | None, tuple[str, ...]]:
+    """Name, median cosine and unrelated modules."""
+    if lineage is None:
+        return "none", None, ()
+    return "shared" if lineage.shared else "independent", lineage.similarity, lineage.unrelated
 
 
 def _opened(adapter: Any, adapter_name: str | None) -> Mapping[str, LowRank]:

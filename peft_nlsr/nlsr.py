@@ -23,12 +23,11 @@ from .errors import LineageError
 from .lowrank import LowRank
 from .patch import SCHEMA_VERSION, ModulePatch, SafetyPatch
 from .record import OF_WEIGHTS, ON_INPUTS
-from .reference import SHARED_LINEAGE, Reference, factor_cosine
+from .reference import LEAST_RELATED, Lineage, Reference, factor_cosine
 from .scores import InputSketch, ModuleStatistics, safety_masks
 from .selection import Decision, select
 
 UNCALIBRATED = ("magnitude", "random")
-_MOST_UNRELATED = 0.1  # share of the modules
 
 
 def build_nlsr_patch(reference: Reference, statistics: SafetyStatistics | None, config: NLSRConfig) -> SafetyPatch:
@@ -100,40 +99,32 @@ def decide(adapter: Adapter, patch: SafetyPatch, config: NLSRConfig) -> tuple[li
         LineageError: the adapter was not trained from the patch's reference, so its entries mean something else.
     """
     similarities: dict[str, float] = {}
-    lineage: dict[str, float | None] = {}
+    cosines: dict[str, float | None] = {}
     for name, tuned in adapter.items():
         module = patch[name]
         similarities[name] = module.reference.cosine(masked(tuned, module.masks))
-        lineage[name] = factor_cosine(tuned, module.reference)
-    notes = require_shared_lineage(lineage)
+        cosines[name] = factor_cosine(tuned, module.reference)
+    notes = require_shared_lineage(Lineage.from_cosines(cosines))
     decisions = select(similarities, config)
     return decisions, notes + _cut_notes(decisions, patch, config)
 
 
-def require_shared_lineage(lineage: Mapping[str, float | None]) -> tuple[str, ...]:
-    """What to note of single modules whose factors are unrelated to the reference's (their cosine is below 0.5).
-
-    One module that training moved far is no other lineage; a second repair after training on finds all those of the
-    first unrelated, because the cut to the adapter's rank gave them new factors.
-
-    Args:
-        lineage: module -> :func:`peft_nlsr.reference.factor_cosine`; None takes no part.
+def require_shared_lineage(lineage: Lineage) -> tuple[str, ...]:
+    """What to note of single modules whose factors are unrelated to the reference's.
 
     Raises:
-        LineageError: more than a tenth of the modules are unrelated, or none can be compared.
+        LineageError: the lineage is not shared.
     """
-    known = {name: cosine for name, cosine in lineage.items() if cosine is not None}
-    unrelated = [name for name, cosine in known.items() if cosine < SHARED_LINEAGE]
-    found = f"{len(unrelated)} of {len(known)} modules have factors unrelated to the reference's"
-    if unrelated:
-        found += f" (first {unrelated[0]}: cosine {known[unrelated[0]]:.2f}, expected at least {SHARED_LINEAGE})"
-    if not known or len(unrelated) > _MOST_UNRELATED * len(known):
+    found = f"{len(lineage.unrelated)} of {len(lineage.cosines)} modules have factors unrelated to the reference's"
+    for name in lineage.unrelated[:1]:
+        found += f" (first {name}: cosine {lineage.cosines[name]:.2f}, expected at least {LEAST_RELATED})"
+    if not lineage.shared:
         raise LineageError(
             f"{found}, so entries of A and B cannot be exchanged: the adapter was not trained from the reference, it "
             "was realigned before, or its factors were computed anew; if it was realigned, revert it first, else use "
             "update='least_squares', which works for any adapter"
         )
-    return (f"{found}; what is restored there may be noise",) if unrelated else ()
+    return (f"{found}; what is restored there may be noise",) if lineage.unrelated else ()
 
 
 def _cut_notes(decisions: Iterable[Decision], patch: SafetyPatch, config: NLSRConfig) -> tuple[str, ...]:

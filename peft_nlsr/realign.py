@@ -36,7 +36,7 @@ from .projection import read_delta
 from .prompts import builtin_prompts
 from .ranks import ALONE, Ranks
 from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, fingerprint, new_record
-from .reference import BASE_REFERENCE, Reference, factor_cosine, opened, read_reference, reference_for_masks
+from .reference import BASE_REFERENCE, Lineage, Reference, opened, read_reference, reference_for_masks
 from .safelora import decide_safelora, project
 from .screening import TeachingData, padding_of, prepare_data
 from .selection import Decision
@@ -223,7 +223,7 @@ def choose_method(
         patch.require_fit(adapter)
     if config.update in ("sum", "swap"):
         if patch is None and reference.updates is not None:
-            require_shared_lineage({n: factor_cosine(u, reference.updates[n]) for n, u in adapter.items()})
+            require_shared_lineage(Lineage.of(adapter, reference.updates))
         return config.update, "asked for by the configuration"
     if patch is None:
         return "two_teacher", f"no patch was given; the safe teacher is {reference.description}"

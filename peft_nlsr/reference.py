@@ -15,7 +15,8 @@ from .config import NLSRConfig
 from .errors import IncompatibleError
 from .lowrank import LowRank, add
 
-SHARED_LINEAGE = 0.5
+LEAST_RELATED = 0.5  # cosine of the factors of a module, below which its entries mean something else
+_MOST_UNRELATED = 0.1  # share of such modules in an adapter that was trained from the reference
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,43 @@ def align_gauge(update: LowRank, to: LowRank) -> LowRank:
     return LowRank((R @ A).float(), torch.linalg.solve(R.T, update.B.double().T).T.float(), update.scale)
 
 
-def factor_similarity(adapter: Mapping[str, LowRank], reference: Mapping[str, LowRank]) -> float:
-    """Median over modules of :func:`factor_cosine`: near 1 when one was trained from the other, else 0."""
-    found = (factor_cosine(adapter[name], reference[name]) for name in adapter)
-    return statistics.median([cosine for cosine in found if cosine is not None] or [0.0])
+@dataclass(frozen=True)
+class Lineage:
+    """Whether an adapter was trained from a reference's factors, so that entries of both mean the same.
+
+    One module that training moved far is no other lineage; a second repair after training on finds all those of the
+    first unrelated, because the cut to the adapter's rank gave them new factors.
+
+    Attributes:
+        cosines: module -> :func:`factor_cosine`, of the modules that can be compared.
+    """
+
+    cosines: dict[str, float]
+
+    @classmethod
+    def of(cls, adapter: Mapping[str, LowRank], reference: Mapping[str, LowRank]) -> Lineage:
+        """Module by module."""
+        return cls.from_cosines({name: factor_cosine(update, reference[name]) for name, update in adapter.items()})
+
+    @classmethod
+    def from_cosines(cls, found: Mapping[str, float | None]) -> Lineage:
+        """None takes no part."""
+        return cls({name: cosine for name, cosine in found.items() if cosine is not None})
+
+    @property
+    def unrelated(self) -> tuple[str, ...]:
+        """Modules whose cosine is below 0.5."""
+        return tuple(name for name, cosine in self.cosines.items() if cosine < LEAST_RELATED)
+
+    @property
+    def shared(self) -> bool:
+        """At most a tenth of the modules are unrelated, and at least one can be compared."""
+        return bool(self.cosines) and len(self.unrelated) <= _MOST_UNRELATED * len(self.cosines)
+
+    @property
+    def similarity(self) -> float:
+        """Median cosine: near 1 when one was trained from the other, else near 0."""
+        return statistics.median(self.cosines.values() or [0.0])
 
 
 def factor_cosine(adapter: LowRank, reference: LowRank) -> float | None:

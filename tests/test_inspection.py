@@ -92,6 +92,17 @@ class TestDrift:
             assert m.distance == pytest.approx(0.0, abs=1e-7 * m.norm) and m.cosine == pytest.approx(1.0, abs=1e-5)
             assert m.output_share == pytest.approx(1.0, abs=1e-5)
 
+    @pytest.mark.parametrize(("turned", "lineage"), [(0, "shared"), (1, "independent")])
+    def test_lineage_is_judged_module_by_module_as_a_repair_does(
+        self, model: PeftModel, turned: int, lineage: str
+    ) -> None:
+        reference = factors_of(model)
+        names = list(reference)[:turned]
+        reference |= {n: LowRank(-reference[n].A, -reference[n].B, reference[n].scale) for n in names}
+        found = inspect_adapter(model, reference)
+        assert (found.lineage, found.unrelated) == (lineage, tuple(names)) and found.factor_similarity > 0.99
+        assert found.to_dict()["unrelated"] == names
+
     def test_lineage_is_told(self, model: PeftModel, safe: Any, make_pico_lora: MakeLora) -> None:
         other = factors_of(make_pico_lora(seed=8))
         assert [inspect_adapter(model, reference).lineage for reference in (safe, other, None)] == [

@@ -48,6 +48,7 @@ from peft_nlsr import (
 )
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.nlsr import build_nlsr_patch, require_shared_lineage
+from peft_nlsr.reference import Lineage
 
 MakeLora = Callable[..., PeftModel]
 
@@ -343,14 +344,14 @@ LINEAGES: dict[str, tuple[dict[str, float | None], str]] = {
 
 @pytest.mark.parametrize(("lineage", "words"), LINEAGES.values(), ids=LINEAGES)
 def test_single_modules_of_another_lineage_are_noted(lineage: dict[str, float | None], words: str) -> None:
-    notes = require_shared_lineage(lineage)
+    notes = require_shared_lineage(Lineage.from_cosines(lineage))
     assert len(notes) == bool(words) and all(re.match(words, note) for note in notes)
 
 
 @pytest.mark.parametrize("cosines", [[0.1] * 3 + [0.9] * 17, [0.1, None, None], [None], []], ids=str)
 def test_more_than_a_tenth_of_another_lineage_is_refused(cosines: list[float | None]) -> None:
     with pytest.raises(LineageError, match=r"entries of A and B cannot be exchanged.*update='least_squares'"):
-        require_shared_lineage({f"m{i}": cosine for i, cosine in enumerate(cosines)})
+        require_shared_lineage(Lineage.from_cosines({f"m{i}": cosine for i, cosine in enumerate(cosines)}))
 
 
 CUTS = {

@@ -17,11 +17,11 @@ from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.lowrank import LowRank
 from peft_nlsr.reference import (
     BASE_REFERENCE,
+    Lineage,
     Reference,
     align_gauge,
     extrapolate,
     factor_cosine,
-    factor_similarity,
     read_reference,
     reference_for_masks,
     starting_point,
@@ -122,7 +122,7 @@ def test_a_weak_adapter_leaves_the_factors_near_the_strong_ones(scale: float) ->
     found, _ = extrapolate({"m": strong}, {"m": weak}, beta=0.9)
     assert gap(found["m"].A, strong.A) < 0.1
     assert gap(found["m"].B, 1.9 * strong.B) < 0.1
-    assert factor_similarity({"m": strong}, found) > 0.99
+    assert Lineage.of({"m": strong}, found).similarity > 0.99
 
 
 # The gauge
@@ -157,14 +157,14 @@ def test_factors_are_similar_to_what_they_were_trained_from_and_to_nothing_else(
     trained = {n: LowRank(u.A + 0.1 * update(seed=8).A, u.B, u.scale) for n, u in strong.items()}
     fresh = {name: update(seed=20 + i) for i, name in enumerate("abc")}
     turned = {name: gauged(u, turn()) for name, u in strong.items()}
-    assert factor_similarity(strong, strong) == pytest.approx(1.0)
-    assert factor_similarity(trained, strong) > 0.98
-    assert abs(factor_similarity(fresh, strong)) < 0.3
-    assert factor_similarity(turned, strong) < 0.5
+    assert Lineage.of(strong, strong).similarity == pytest.approx(1.0)
+    assert Lineage.of(trained, strong).similarity > 0.98
+    assert abs(Lineage.of(fresh, strong).similarity) < 0.3
+    assert Lineage.of(turned, strong).similarity < 0.5
 
 
 def test_factors_of_another_rank_are_not_similar() -> None:
-    assert factor_similarity({"m": update()}, {"m": update(5)}) == 0.0
+    assert Lineage.of({"m": update()}, {"m": update(5)}).similarity == 0.0
 
 
 def test_factors_are_compared_where_the_reference_has_entries() -> None:
@@ -179,8 +179,8 @@ def test_factors_are_compared_where_the_reference_has_entries() -> None:
 
 def test_modules_without_entries_have_no_part_in_the_median() -> None:
     strong, empty = update(), LowRank(torch.zeros_like(update().A), update().B, 1.0)
-    assert factor_similarity({"a": strong, "b": strong, "c": strong}, {"a": empty, "b": empty, "c": strong}) > 0.99
-    assert factor_similarity({"a": strong}, {"a": empty}) == 0.0
+    assert Lineage.of({"a": strong, "b": strong, "c": strong}, {"a": empty, "b": empty, "c": strong}).similarity > 0.99
+    assert Lineage.of({"a": strong}, {"a": empty}).similarity == 0.0
 
 
 # Where a reference comes from

@@ -121,7 +121,8 @@ def _inspected(found: Inspection) -> list[Any]:
     )
     said = f"compared with: {found.reference}; lineage: {found.lineage}"
     if found.factor_similarity is not None:
-        said += f" (cosine of the A factors {found.factor_similarity:.3f})"
+        said += f" (cosine of the A factors {found.factor_similarity:.3f}"
+        said += f", {len(found.unrelated)} of {len(found.modules)} modules unrelated)"
     title = f"the {min(_MOST_SHOWN, len(ordered))} of {len(ordered)} modules that moved most"
     shown: list[Any] = [said, table(title, *columns, rows=rows)]
     if found.blocks:
