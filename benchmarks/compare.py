@@ -184,7 +184,7 @@ def main() -> None:
     cells = []
     for part, places in config["parts"].items():
         for seed, task, lineage in places:
-            lab = Lab(LabConfig(seed=seed), cache_dir=options.cache)
+            lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
             start = time.perf_counter()
             found = PARTS[part](lab, task, lineage, config)
             seconds = time.perf_counter() - start

@@ -121,7 +121,7 @@ class NLSRConfig:
         "exact rank 2r.",
     )
     # the two-teacher and one-shot closed forms
-    utility_weight: float = _knob(0.5, "lambda: weight of the user's data against the safety data.")
+    utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
     ridge: float = _knob(3e-2, "eps: pull towards the fine-tuned update, relative to the mean input power.")
     decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
     solver: str = _knob(

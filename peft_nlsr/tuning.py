@@ -41,12 +41,12 @@ Settings = dict[str, Any]
 
 SPACES: dict[str, Space] = {
     "two_teacher": {
-        "utility_weight": (0.1, 0.25, 0.5, 1.0, 2.0),
+        "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
         "decision_weight": (1.0, 3.0, 10.0),
         "ridge": (1e-2, 3e-2, 1e-1),
     },
     "one_shot": {
-        "utility_weight": (0.1, 0.25, 0.5, 1.0, 2.0),
+        "utility_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
         "ridge": (1e-2, 3e-2, 1e-1),
     },
     "nlsr": {
