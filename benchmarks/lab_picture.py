@@ -16,8 +16,8 @@ CELL = ("hard", "shared")
 METHODS = {
     "fine-tuned": "fine-tuned, 5% poison",
     "random mask": "random mask (control)",
-    "paper, Wanda": "NLSR, paper preset, Wanda",
-    "sum, Wanda": "NLSR, our selection, Wanda",
+    "paper, Wanda": "NLSR (paper), Wanda",
+    "sum, Wanda": "NLSR (sum), Wanda",
     "two-teacher": "two-teacher (default)",
 }
 RATES = {
