@@ -138,7 +138,7 @@ class Lab:
     """A world with its aligned model, and the adapters of users who fine-tuned it.
 
     Args:
-        config: sizes and seed; the default is the demo, about two minutes of training on two cores.
+        config: sizes and seed; the default is the demo, two to three minutes of training on two cores.
         cache_dir: where stages are kept; default `$PEFT_NLSR_LAB_CACHE`, else `~/.cache/peft_nlsr/lab`.
         progress: called with the name of the stage being trained and the fraction done.
 
