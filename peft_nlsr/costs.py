@@ -1,8 +1,9 @@
 """What the two-teacher form costs: arithmetic and memory from shapes alone, and the choice of the cheapest solver.
 
-Operations count a multiplication and an addition as two; those in float64 count twice. Memory is what comes on top of
-the model. Both are models, checked against measurements by tests and by ``benchmarks/two_teacher_block.py``. Over
-several ranks they are those of the rank with most tokens, communication left out.
+Operations count a multiplication and an addition as two; those in float64 count twice. Memory is that of the
+tensors which come on top of the model; what the process holds also depends on its allocator. Both are models, checked
+against measurements by tests and by ``benchmarks/two_teacher_block.py``. Over several ranks they are those of the rank
+with most tokens, communication left out.
 """
 
 from __future__ import annotations

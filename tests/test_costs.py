@@ -1,18 +1,18 @@
 """The cost model against counted operations and measured memory, and the choice of the solver."""
 
 import json
-import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import randomise_lora
 from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.safety.meter import metered
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.costs import (
     FULL_WIDTH,
@@ -92,7 +92,12 @@ def long_examples(count: int, tokens: int) -> list[Example]:
     return [Example(tuple(ids[:-4]), tuple(ids[-4:]), i) for i, ids in enumerate(drawn)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def peak_of_tensors(trace: Path) -> float:
+    """Bytes of the tensors alive at once at most, from a profiler's trace; the allocator's own waste is not in it."""
+    events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+
+
 @pytest.mark.parametrize(
     ("solver", "sizes", "count"),
     [
@@ -102,21 +107,18 @@ def long_examples(count: int, tokens: int) -> list[Example]:
         ("iterative", (128, 1536), 96),
     ],
 )
-def test_the_peak_memory_is_as_estimated_within_a_factor_of_two(
-    solver: str, sizes: tuple[int, int], count: int
-) -> None:
+def test_the_peak_memory_is_as_estimated(solver: str, sizes: tuple[int, int], count: int, tmp_path: Path) -> None:
     adapter = LiveAdapter(wide_lora(*sizes))
     config = NLSRConfig(solver=solver, nlsr_batch_size=8)
     solve: dict[str, Any] = {"utility": [], "safe_teacher": None, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solve_two_teacher(adapter, safety=long_examples(2, 8), config=config, **solve)  # first use loads libraries
-        with metered() as cost:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             solution = solve_two_teacher(adapter, safety=long_examples(count, 128), config=config, **solve)
-    assert cost.peak_mb is not None
-    expected = solution.estimate["peak_bytes"] / 2**20
-    assert expected > 50.0, "too small to measure"
-    assert 0.5 < expected / cost.peak_mb < 2.0
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    peak = peak_of_tensors(tmp_path / "trace.json")
+    assert peak > 50 * 2**20, "too small to tell one tensor from another"
+    assert 0.8 < solution.estimate["peak_bytes"] / peak < 1.4
 
 
 def test_an_estimate_adds_up_and_can_be_read() -> None:
