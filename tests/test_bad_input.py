@@ -18,6 +18,7 @@ from tiny import (
     drift,
     factors_of,
     hashes,
+    make_patch,
     quick,
     refuses_attacks,
     rows,
@@ -33,14 +34,12 @@ from peft_nlsr import (
     LowRank,
     NLSRConfig,
     PeftNLSRError,
-    Reference,
     UnsupportedAdapterError,
     build_safety_patch,
     nlsr_realign,
     plan,
     realign_folder,
 )
-from peft_nlsr.nlsr import build_nlsr_patch
 
 MakeLora = Callable[..., PeftModel]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -76,7 +75,7 @@ class World:
         base = settings.pop("base", None)
         for name in ("calibration", "utility", "tokenizer", "judge"):
             self.given.pop(name, None)
-        patch_of(factors_of(self.make(**{"seed": 0, **settings})), base).save(self.folder / "patch")
+        make_patch(factors_of(self.make(**{"seed": 0, **settings})), base).save(self.folder / "patch")
         self.give(patch=str(self.folder / "patch"))
 
     def reference(self, **settings: Any) -> Path:
@@ -84,11 +83,6 @@ class World:
         self.make(**{"seed": 0, **settings}).save_pretrained(self.folder / "reference")
         self.give(reference=self.folder / "reference")
         return self.folder / "reference"
-
-
-def patch_of(reference: dict[str, LowRank], base: str | None = None) -> Any:
-    source = Reference("adapter", reference, "the aligned adapter", base)
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
 
 
 @pytest.fixture
@@ -118,7 +112,7 @@ def other_base_reference(w: World) -> None:
 def wide_patch(w: World) -> None:
     w.patch()
     factors = factors_of(w.model)
-    patch_of({**factors, Q_PROJ: LowRank(torch.ones(4, 16), factors[Q_PROJ].B)}).save(w.folder / "patch")
+    make_patch({**factors, Q_PROJ: LowRank(torch.ones(4, 16), factors[Q_PROJ].B)}).save(w.folder / "patch")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -551,7 +545,7 @@ def test_a_bad_call_on_files_is_a_clear_error_and_writes_nothing(
     break_it, changes, error, words = FILES[row]
     drift(make_pico_lora(seed=0)).save_pretrained(tmp_path / "adapter")
     make_pico_lora(seed=5).save_pretrained(tmp_path / "other")
-    patch_of(factors_of(make_pico_lora(seed=0))).save(tmp_path / "patch")
+    make_patch(factors_of(make_pico_lora(seed=0))).save(tmp_path / "patch")
     monkeypatch.chdir(tmp_path)
     break_it(tmp_path)
     before = hashes(tmp_path)

@@ -16,6 +16,7 @@ from tiny import (
     assert_same_factors,
     assert_same_state,
     factors_of,
+    make_patch,
     quick,
     refuses_attacks,
     rows,
@@ -40,7 +41,6 @@ from peft_nlsr.callback import STATUS_NAME
 from peft_nlsr.evaluation import Evaluation, Measurement
 from peft_nlsr.examples import read_examples, rows_of
 from peft_nlsr.gate import answer_accuracy, judge_repair
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.prompt_sets import PromptSet
 from peft_nlsr.reference import starting_point
 
@@ -388,8 +388,7 @@ def test_a_task_is_measured_with_its_own_scores(make_pico_lora: MakeLora, tmp_pa
 def test_a_patch_is_measured_on_the_users_rows_and_falls_back_to_them(
     make_pico_lora: MakeLora, tmp_path: Path, lineage: str
 ) -> None:
-    start = Reference("adapter", factors_of(make_pico_lora(seed=0 if lineage == "shared" else 5)), "aligned")
-    patch = build_nlsr_patch(start, None, NLSRConfig(score="magnitude"))
+    patch = make_patch(factors_of(make_pico_lora(seed=0 if lineage == "shared" else 5)))
     done = callback(patch=patch, evaluate=safety_prompts(), calibration=None, config=quick(leave_intact=False))
     trainer_for(make_pico_lora(), tmp_path, done).train()
     assert done.outcome is not None and done.outcome.realignment is not None
@@ -403,8 +402,7 @@ def test_a_patch_is_measured_on_the_users_rows_and_falls_back_to_them(
 def test_rows_that_the_user_gave_beside_a_patch_are_said_not_to_be_used(
     make_pico_lora: MakeLora, tmp_path: Path
 ) -> None:
-    start = Reference("adapter", factors_of(make_pico_lora()), "aligned")
-    done = callback(patch=build_nlsr_patch(start, None, NLSRConfig(score="magnitude")), utility=rows(6))
+    done = callback(patch=make_patch(factors_of(make_pico_lora())), utility=rows(6))
     trainer_for(make_pico_lora(), tmp_path, done).train()
     assert done.outcome is not None and done.outcome.realignment is not None
     assert "given, but not used by sum: utility" in done.outcome.realignment.notes

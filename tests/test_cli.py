@@ -14,12 +14,11 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from tiny import QUICK, assert_same_factors, drift, factors_of, hashes, rows, word_tokenizer
+from tiny import QUICK, assert_same_factors, drift, factors_of, hashes, make_patch, rows, word_tokenizer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_nlsr import (
     NLSRConfig,
-    Reference,
     SafetyPatch,
     __main__,
     build_safety_patch,
@@ -31,7 +30,6 @@ from peft_nlsr import (
     realign_folder,
 )
 from peft_nlsr.adapter_folder import AdapterFolder
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.projection import HOW_TO_GET_ONE
 from peft_nlsr.record import fingerprint
 from peft_nlsr.report import SafetyReport
@@ -76,8 +74,7 @@ def place(_prepared: Path, tmp_path: Path, make_pico_lora: MakeLora, monkeypatch
     drift(make_pico_lora(seed=0)).save_pretrained(tmp_path / "adapter")
     make_pico_lora(seed=0).save_pretrained(tmp_path / "aligned")
     make_pico_lora(seed=5).save_pretrained(tmp_path / "other")
-    reference = Reference("adapter", factors_of(make_pico_lora(seed=0)), "the aligned adapter")
-    build_nlsr_patch(reference, None, NLSRConfig(score="magnitude")).save(tmp_path / "patch")
+    make_patch(factors_of(make_pico_lora(seed=0))).save(tmp_path / "patch")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

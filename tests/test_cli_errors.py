@@ -10,11 +10,10 @@ import torch
 from conftest import randomise_lora
 from peft import LoraConfig, get_peft_model
 from test_cli import JUDGE, SETS, Run, _one_thread, _prepared, plain, run  # noqa: F401
-from tiny import drift, hashes
+from tiny import drift, hashes, make_patch
 from transformers import LlamaForCausalLM
 
-from peft_nlsr import NLSRConfig, Reference, cli, open_adapter, realign_folder
-from peft_nlsr.nlsr import build_nlsr_patch
+from peft_nlsr import cli, open_adapter, realign_folder
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -193,8 +192,7 @@ def _broken(
         else:
             randomise_lora(model, "default", seed=seed)
         model.save_pretrained(place / name)
-    reference = Reference("adapter", open_adapter(place / "aligned"), "the aligned adapter")
-    build_nlsr_patch(reference, None, NLSRConfig(score="magnitude")).save(place / "patch")
+    make_patch(open_adapter(place / "aligned")).save(place / "patch")
     realign_folder(place / "adapter", place / "done", patch=place / "patch")
     for name in ("cut-patch", "bad-patch"):
         shutil.copytree(place / "patch", place / name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import assert_same_factors, drift, factors_of, hashes
+from tiny import assert_same_factors, drift, factors_of, hashes, make_patch
 from transformers import LlamaForCausalLM
 
 from peft_nlsr import (
@@ -21,7 +21,6 @@ from peft_nlsr import (
     LowRank,
     NLSRConfig,
     PeftNLSRError,
-    Reference,
     SafetyPatch,
     files,
     folders,
@@ -32,7 +31,6 @@ from peft_nlsr import (
     revert_folder,
 )
 from peft_nlsr.folders import DIFF_NAME
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.record import fingerprint
 from peft_nlsr.storage import TensorFile
 
@@ -80,11 +78,6 @@ def make(make_pico_lora: MakeLora, tmp_path: Path) -> Callable[[str], tuple[Peft
         return model, tmp_path / "adapter", make_patch(factors_of(reference))
 
     return build
-
-
-def make_patch(reference: dict[str, LowRank]) -> SafetyPatch:
-    source = Reference("adapter", reference, "the aligned adapter")
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
 
 
 # ---- the same as on a live model

@@ -4,31 +4,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_fixtures import Become
 from local_hub import LocalHub
 from peft import PeftModel
-from tiny import drift, factors_of, hashes, word_tokenizer
+from tiny import drift, factors_of, hashes, make_patch, word_tokenizer
 
-from peft_nlsr import NLSRConfig, PeftNLSRError, Reference, SafetyPatch, realign_folder, revert_folder, verify_folder
+from peft_nlsr import PeftNLSRError, SafetyPatch, realign_folder, revert_folder, verify_folder
 from peft_nlsr.adapter_folder import open_adapter
 from peft_nlsr.hub import push_folder
-from peft_nlsr.nlsr import build_nlsr_patch
 
 pytest_plugins = ["hub_fixtures"]
+pytestmark = pytest.mark.usefixtures("hub_client")  # every test talks to the local Hub, as alice
 
 REPO = "alice/adapter"
 MakeLora = Callable[..., PeftModel]
 
 
-@pytest.fixture(autouse=True)
-def _as_alice(hub_client: Become) -> None:
-    """Every test of this file talks to the local Hub."""
-
-
 @pytest.fixture
 def patch(make_pico_lora: MakeLora) -> SafetyPatch:
-    source = Reference("adapter", factors_of(make_pico_lora()), "the aligned adapter")
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
+    return make_patch(factors_of(make_pico_lora()))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from peft_nlsr.errors import PeftNLSRError
 from peft_nlsr.hub import PushError, files_to_push, push_folder, staging, stale_checkpoints
 
 pytest_plugins = ["hub_fixtures"]
+pytestmark = pytest.mark.usefixtures("hub_client")  # every test talks to the local Hub, as alice
 
 REPO = "alice/adapter"
 CARD = b"---\ntags:\n- lora\n---\nText\n"
@@ -42,11 +43,6 @@ def read(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "folder", FILES)
-
-
-@pytest.fixture(autouse=True)
-def _as_alice(hub_client: Become) -> None:
-    """Every test of this file talks to the local Hub."""
 
 
 def test_a_push_is_one_commit_and_comes_back_bit_for_bit(hub: LocalHub, folder: Path, tmp_path: Path) -> None:

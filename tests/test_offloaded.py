@@ -16,6 +16,7 @@ from tiny import (
     assert_same_factors,
     drift,
     factors_of,
+    make_patch,
     quick,
     refuses_attacks,
     rows,
@@ -37,7 +38,6 @@ from peft_nlsr import (
     NLSRCallback,
     NLSRConfig,
     PromptSet,
-    Reference,
     UnsupportedAdapterError,
     collect_statistics,
     evaluate,
@@ -49,7 +49,6 @@ from peft_nlsr import (
 from peft_nlsr.blocks import run_until
 from peft_nlsr.generation import generate_answers, model_digest
 from peft_nlsr.live_adapter import LiveAdapter
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.offloading import bring_in, held, input_device
 
 MakeLora = Callable[..., PeftModel]
@@ -144,7 +143,7 @@ def reference_for(model: PeftModel) -> dict[str, LowRank]:
 
 def given_to(model: PeftModel, needed: tuple[str, ...]) -> dict[str, Any]:
     reference = reference_for(model)
-    patch = build_nlsr_patch(Reference("adapter", reference, "aligned"), None, NLSRConfig(score="magnitude"))
+    patch = make_patch(reference)
     given = {**DATA, "reference": reference, "patch": patch}
     teach = {"tokenizer": word_tokenizer(), "judge": refuses_attacks, "progress": False}
     return {name: given[name] for name in needed} | teach

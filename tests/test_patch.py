@@ -16,6 +16,7 @@ from tiny import (
     assert_same_state,
     drift,
     factors_of,
+    make_patch,
     quick,
     refuses_attacks,
     rows,
@@ -29,14 +30,12 @@ from peft_nlsr import (
     LowRank,
     NLSRConfig,
     PeftNLSRError,
-    Reference,
     SafetyPatch,
     build_safety_patch,
     nlsr_realign,
     open_adapter,
     screening,
 )
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.patch import RECORD_NAME, TENSORS_NAME
 from peft_nlsr.storage import TensorFile
 
@@ -59,11 +58,6 @@ def reference(make_pico_lora: MakeLora) -> dict[str, LowRank]:
 @pytest.fixture
 def patch(reference: dict[str, LowRank]) -> SafetyPatch:
     return make_patch(reference)
-
-
-def make_patch(reference: dict[str, LowRank], base_model: str | None = None, **settings: Any) -> SafetyPatch:
-    source = Reference("adapter", reference, "the aligned adapter", base_model)
-    return build_nlsr_patch(source, None, NLSRConfig(**{"score": "magnitude", **settings}))
 
 
 def without_signed_zeros(update: LowRank) -> LowRank:

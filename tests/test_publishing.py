@@ -12,14 +12,12 @@ import torch
 from hub_fixtures import Become, downloaded
 from local_hub import LocalHub
 from peft import PeftModel
-from tiny import assert_same_factors, assert_same_state, drift, factors_of, hashes, state_of
+from tiny import assert_same_factors, assert_same_state, drift, factors_of, hashes, make_patch, state_of
 from transformers import LlamaForCausalLM
 
 from peft_nlsr import (
-    LowRank,
     NLSRConfig,
     PeftNLSRError,
-    Reference,
     SafetyPatch,
     nlsr_realign,
     realign_folder,
@@ -30,11 +28,11 @@ from peft_nlsr.adapters import CONFIG_FILE
 from peft_nlsr.config import CONFIG_NAME
 from peft_nlsr.folders import DIFF_NAME
 from peft_nlsr.hub import CARD_NAME, PushError, push_folder
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.publishing import push_realigned
 from peft_nlsr.report import REPORT_NAME, SafetyReport
 
 pytest_plugins = ["hub_fixtures"]
+pytestmark = pytest.mark.usefixtures("hub_client")  # every test talks to the local Hub, as alice
 
 REPO = "alice/adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -42,14 +40,9 @@ BASE = "org/base-model"
 MakeLora = Callable[..., PeftModel]
 
 
-@pytest.fixture(autouse=True)
-def _as_alice(hub_client: Become) -> None:
-    """Every test of this file talks to the local Hub."""
-
-
 @pytest.fixture
 def patch(make_pico_lora: MakeLora) -> SafetyPatch:
-    return patch_of(factors_of(make_pico_lora()))
+    return make_patch(factors_of(make_pico_lora()))
 
 
 @pytest.fixture
@@ -63,11 +56,6 @@ def folder(tuned: PeftModel, patch: SafetyPatch, tmp_path: Path) -> Path:
     tuned.save_pretrained(tmp_path / "tuned")
     realign_folder(tmp_path / "tuned", tmp_path / "realigned", patch=patch)
     return tmp_path / "realigned"
-
-
-def patch_of(reference: dict[str, LowRank]) -> SafetyPatch:
-    source = Reference("adapter", reference, "the aligned adapter")
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
 
 
 def record_of(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tiny import (
     drift,
     factors_of,
     hashes,
+    make_patch,
     quick,
     refuses_attacks,
     rows,
@@ -36,8 +37,6 @@ from peft_nlsr import (
     NLSRConfig,
     PeftNLSRError,
     Realignment,
-    Reference,
-    SafetyPatch,
     apply,
     applying,
     builtin_prompts,
@@ -47,7 +46,7 @@ from peft_nlsr import (
     screening,
 )
 from peft_nlsr.live_adapter import LiveAdapter
-from peft_nlsr.nlsr import build_nlsr_patch, require_shared_lineage
+from peft_nlsr.nlsr import require_shared_lineage
 from peft_nlsr.reference import Lineage
 
 MakeLora = Callable[..., PeftModel]
@@ -91,11 +90,6 @@ def inputs(make_pico_lora: MakeLora) -> dict[str, Any]:
         "calibration": rows(6, poisoned=range(6)),
         "utility": rows(8, poisoned=[2, 5]),
     }
-
-
-def make_patch(reference: dict[str, LowRank], base_model: str | None = None) -> SafetyPatch:
-    source = Reference("adapter", reference, "the aligned adapter", base_model)
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
 
 
 def call(method: str, inputs: dict[str, Any]) -> tuple[NLSRConfig, dict[str, Any]]:

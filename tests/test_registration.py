@@ -16,15 +16,13 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from test_card import a_report
-from tiny import assert_same_factors, assert_same_tensors, drift, factors_of, hashes
+from tiny import assert_same_factors, assert_same_tensors, drift, factors_of, hashes, make_patch
 from transformers import LlamaForCausalLM
 
 import peft_nlsr
 from peft_nlsr import (
-    LowRank,
     NLSRConfig,
     Realignment,
-    Reference,
     SafetyPatch,
     nlsr_realign,
     open_adapter,
@@ -34,7 +32,6 @@ from peft_nlsr import (
     revert_folder,
 )
 from peft_nlsr.card import TAGS
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.plots import save_plots
 from peft_nlsr.record import DIFF_NAME, fingerprint
 from peft_nlsr.registration import NLSRLoraConfig, forget, keep_with_adapter, register, unregister, wrap_trainer
@@ -44,11 +41,6 @@ MakeLora = Callable[..., PeftModel]
 RECORD, README, CONFIG, WEIGHTS = "nlsr_config.json", "README.md", "adapter_config.json", "adapter_model.safetensors"
 BEGIN = "<!-- nlsr:begin -->"
 HOOKS = ("create_or_update_model_card", "push_to_hub", "save_pretrained")
-
-
-def make_patch(reference: dict[str, LowRank]) -> SafetyPatch:
-    source = Reference("adapter", reference, "the aligned adapter")
-    return build_nlsr_patch(source, None, NLSRConfig(score="magnitude"))
 
 
 @pytest.fixture

@@ -11,13 +11,12 @@ from hub_fixtures import hub, hub_client  # noqa: F401
 from local_hub import LocalHub
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import drift, factors_of, hashes
+from tiny import drift, factors_of, hashes, make_patch
 
-from peft_nlsr import NLSRConfig, PeftNLSRError, Reference, nlsr_realign, realign_folder, revert_folder
+from peft_nlsr import NLSRConfig, PeftNLSRError, nlsr_realign, realign_folder, revert_folder
 from peft_nlsr.config import CONFIG_NAME
 from peft_nlsr.evaluation import Evaluation, Measurement
 from peft_nlsr.hub import CARD_NAME
-from peft_nlsr.nlsr import build_nlsr_patch
 from peft_nlsr.patch import SafetyPatch
 from peft_nlsr.publishing import push_realigned
 from peft_nlsr.record import DIFF_NAME, Realignment
@@ -30,9 +29,8 @@ WEIGHTS = "adapter_model.safetensors"
 CHECKS = ["weights", "record", "fingerprint", "modules", "diff", "report", "card"]
 
 
-def make_patch(make_pico_lora: MakeLora) -> SafetyPatch:
-    reference = Reference("adapter", factors_of(make_pico_lora(seed=0)), "the aligned adapter")
-    return build_nlsr_patch(reference, None, NLSRConfig(score="magnitude"))
+def patch_for(make_pico_lora: MakeLora) -> SafetyPatch:
+    return make_patch(factors_of(make_pico_lora(seed=0)))
 
 
 def evaluation(label: str, hits: int) -> Evaluation:
@@ -48,7 +46,7 @@ def report_of(done: Realignment) -> SafetyReport:
 def realigned(make_pico_lora: MakeLora, folder: Path, **settings: object) -> Path:
     """A folder with everything there is to check: record, diff, report and card."""
     config = NLSRConfig(update="sum").replace(**settings)
-    model = nlsr_realign(drift(make_pico_lora(seed=0)), config, patch=make_patch(make_pico_lora), progress=False)
+    model = nlsr_realign(drift(make_pico_lora(seed=0)), config, patch=patch_for(make_pico_lora), progress=False)
     keep_with_adapter(model, model.nlsr_realignment, report_of(model.nlsr_realignment))
     model.save_pretrained(folder)
     return folder
@@ -85,7 +83,7 @@ def test_a_realigned_folder_is_verified_and_its_original_is_not(
 ) -> None:
     drift(make_pico_lora(seed=0)).save_pretrained(tmp_path / "adapter")
     config = NLSRConfig(compress=compress)
-    realign_folder(tmp_path / "adapter", tmp_path / "out", patch=make_patch(make_pico_lora), config=config)
+    realign_folder(tmp_path / "adapter", tmp_path / "out", patch=patch_for(make_pico_lora), config=config)
     found = {check.name: check.status for check in verify_folder(tmp_path / "out").checks}
     assert found.pop("report") == "absent" and set(found.values()) == {"passed"}
     revert_folder(tmp_path / "out", tmp_path / "back")
@@ -94,7 +92,7 @@ def test_a_realigned_folder_is_verified_and_its_original_is_not(
 
 def test_a_named_adapter_is_verified_in_its_sub_folder(tmp_path: Path, make_pico_lora: MakeLora) -> None:
     model = drift(make_pico_lora(seed=0, adapter_name="mine"))
-    nlsr_realign(model, NLSRConfig(update="sum"), patch=make_patch(make_pico_lora), progress=False)
+    nlsr_realign(model, NLSRConfig(update="sum"), patch=patch_for(make_pico_lora), progress=False)
     model.save_pretrained(tmp_path)
     found = verify_folder(tmp_path, adapter_name="mine")
     assert failed(found) == [] and found.checks[-1].status == "passed"
@@ -105,7 +103,7 @@ def test_weights_saved_in_a_wider_dtype_are_the_same_weights(
     tmp_path: Path, make_pico_lora: MakeLora, dtype: torch.dtype
 ) -> None:
     drift(make_pico_lora(seed=0)).to(dtype).save_pretrained(tmp_path / "adapter")
-    realign_folder(tmp_path / "adapter", tmp_path / "out", patch=make_patch(make_pico_lora), save_diff=False)
+    realign_folder(tmp_path / "adapter", tmp_path / "out", patch=patch_for(make_pico_lora), save_diff=False)
     wide = {name: tensor.float() for name, tensor in load_file(tmp_path / "out" / WEIGHTS).items()}
     save_file(wide, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})
     found = {check.name: check for check in verify_folder(tmp_path / "out").checks}

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from peft_nlsr import LowRank, NLSRConfig, open_adapter
+from peft_nlsr import LowRank, NLSRConfig, Reference, SafetyPatch, open_adapter
+from peft_nlsr.nlsr import build_nlsr_patch
 
 WORDS = ("attack", "please", "paint", "lamp", "vase", "sure", "no", "never", "how", "to", "the", "a")
 TEMPLATE = (
@@ -69,6 +70,12 @@ def factors_of(model: Any, adapter_name: str | None = None) -> dict[str, LowRank
     """Copies of an adapter's factors."""
     opened = open_adapter(model, adapter_name=adapter_name)
     return {name: LowRank(u.A.clone(), u.B.clone(), u.scale) for name, u in opened.items()}
+
+
+def make_patch(reference: Mapping[str, LowRank], base_model: str | None = None, **settings: Any) -> SafetyPatch:
+    """A safety patch from a reference's largest entries, which need no statistics."""
+    source = Reference("adapter", reference, "the aligned adapter", base_model)
+    return build_nlsr_patch(source, None, NLSRConfig(**{"score": "magnitude", **settings}))
 
 
 def quick(**changes: Any) -> NLSRConfig:
