@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,12 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
     """The hidden state after the block."""
-    out = block(hidden, *arguments[0], **arguments[1])
-    return out[0] if isinstance(out, tuple) else out
+    return _first(block(hidden, *arguments[0], **arguments[1]))
+
+
+def _first(values: Any) -> Any:
+    """What a block returns, or a hook is given, may be a tuple that begins with the tensor."""
+    return values[0] if isinstance(values, tuple) else values
 
 
 def prove_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: dict[str, Tensor]) -> None:
@@ -163,21 +167,32 @@ def groups_of(block: nn.Module, names: dict[int, str], hidden: Tensor, arguments
     return groups
 
 
+class Place(NamedTuple):
+    """Where a tensor of a pass is read: the input of a module, or its output."""
+
+    module: nn.Module
+    output: bool
+
+
 @contextmanager
-def watched(modules: dict[str, nn.Module], *, outputs: bool) -> Iterator[dict[str, Tensor]]:
-    """Collects the input (or output) of each named module during the next passes; see :func:`run_until`."""
+def _watched(places: Mapping[str, Place]) -> Iterator[dict[str, Tensor]]:
+    """Collects the tensors at the places during the next passes; see :func:`run_until`."""
     seen: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Any:
+    def hook_for(name: str, place: Place) -> Any:
         def note(_: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
-            seen[name] = out if outputs else args[0]
-            if len(seen) == len(modules):
+            seen[name] = _first(out if place.output else args)
+            if len(seen) == len(places):
                 raise _Stop
 
         return note
 
-    register = "register_forward_hook" if outputs else "register_forward_pre_hook"
-    handles = [getattr(module, register)(hook_for(name)) for name, module in modules.items()]
+    handles = [
+        (place.module.register_forward_hook if place.output else place.module.register_forward_pre_hook)(
+            hook_for(name, place)
+        )
+        for name, place in places.items()
+    ]
     try:
         yield seen
     finally:
@@ -185,19 +200,41 @@ def watched(modules: dict[str, nn.Module], *, outputs: bool) -> Iterator[dict[st
             handle.remove()
 
 
-def run_until(
-    modules: dict[str, nn.Module], block: nn.Module, hidden: Tensor, arguments: Any, *, outputs: bool
-) -> dict[str, Tensor]:
-    """Inputs or outputs of the named modules in one pass of the block, which ends once all have been seen.
+def run_until(places: Mapping[str, Place], block: nn.Module, hidden: Tensor, arguments: Any) -> dict[str, Tensor]:
+    """The tensors at the places in one pass of the block, which ends once all have been seen.
 
     They come back on the device of ``hidden``; a block of a model that is spread over several may compute on another.
     """
-    with watched(modules, outputs=outputs) as seen:
+    with _watched(places) as seen:
         try:
             run_block(block, hidden, arguments)
         except _Stop:
             pass
         return {name: tensor.to(hidden.device) for name, tensor in seen.items()}
+
+
+def is_added_last(block: nn.Module, module: nn.Module, hidden: Tensor, arguments: Any, mask: Tensor) -> bool:
+    """Whether a module's output is simply added to the hidden state that the block returns, as the output projection
+    of the feed-forward layer is in most decoders.
+
+    Found by moving the output, which must move the result by the same amount.
+
+    Args:
+        mask: tokens that are not padding, one value each.
+    """
+    before = run_until({"out": Place(module, True), "after": Place(block, True)}, block, hidden, arguments)
+    shift = before["after"].flip(-1)  # as large as the result, so that rounding stays small beside it
+    if before["out"].shape[-1] != shift.shape[-1] or before["out"].numel() != shift.numel():
+        return False
+
+    def moved(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out + shift.reshape(out.shape).to(out)
+
+    with module.register_forward_hook(moved):
+        after = run_block(block, hidden, arguments).to(hidden.device)
+    off = (after.float() - before["after"].float() - shift.float())[mask].norm()
+    rounding = max(1e-4, 2.0 * torch.finfo(shift.dtype).eps)
+    return bool(off <= rounding * shift.float()[mask].norm())
 
 
 def rows_of(values: Tensor, counted: Tensor, name: str, *, instead: str) -> Tensor:

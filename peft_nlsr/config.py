@@ -124,6 +124,11 @@ class NLSRConfig:
     utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
     ridge: float = _knob(3e-2, "eps: pull towards the fine-tuned update, relative to the mean input power.")
     decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
+    correct_drift: bool = _knob(
+        True,
+        "two_teacher asks the last module of each block, on safety data, for the output that makes the hidden state "
+        "the safe teacher's, so that what the modules before it left undone is made good.",
+    )
     solver: str = _knob(
         "auto",
         "How two_teacher solves a group of modules: full (float64 second moments), moment (those of the inputs only), "
@@ -190,7 +195,7 @@ class NLSRConfig:
             _check(self, name, 1, 2**31, whole=True)
         _check(self, "max_length", 2, 2**31, whole=True)
         _check(self, "nlsr_seed", 0, 2**63 - 1, whole=True)
-        for name in ("sequential", "compress", "screening", "leave_intact"):
+        for name in ("sequential", "compress", "correct_drift", "screening", "leave_intact"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
 

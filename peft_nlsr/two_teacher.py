@@ -4,7 +4,9 @@ Algorithm. Three models share one set of base weights and differ only in the fac
 (adapter off, or a reference), the fine-tuned model, and the repaired one. Block by block, and within a block group by
 group of modules that read the same tensor:
 
-1. On safety tokens the safe teacher's output of each module is wanted, on utility tokens the fine-tuned model's.
+1. On safety tokens the safe teacher's output of each module is wanted, on utility tokens the fine-tuned model's. The
+   module that is added last to a block's hidden state is asked, on safety tokens, for the output that makes this
+   hidden state the safe teacher's: what the modules before it left undone is made good.
 2. The repaired model runs up to the group; its inputs ``x`` and the base outputs give the sums
    ``M = sum w x x^T`` and ``T = sum w (wanted - base(x)) x^T``.
 3. ``dW'' = (T + e dW_t) (M + e I)^-1``, cut to the adapter's rank where it matters for these inputs.
@@ -25,7 +27,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Factors, find_blocks, groups_of, playing, require_active, rows_of, run_block, run_until
+from .blocks import (
+    Factors,
+    Place,
+    find_blocks,
+    groups_of,
+    is_added_last,
+    playing,
+    require_active,
+    rows_of,
+    run_block,
+    run_until,
+)
 from .config import NLSRConfig
 from .costs import HELD, BlockPass, Estimate, Group, Share, choose_solver, estimate
 from .edits import NormalEquations, Solved
@@ -45,6 +58,7 @@ from .streams import Batch, Stream, open_stream, weigh
 logger = logging.getLogger(__name__)
 
 LARGEST_ERROR = 0.01  # of a solver, above which a note says so
+_INPUT, _AFTER = "input of the group", "hidden state after the block"
 INSTEAD = "use update='sum' with a patch"  # of a module that does not see each token once
 
 
@@ -88,8 +102,8 @@ def solve_two_teacher(
         safety: prompts with safe answers.
         utility: the user's own data; may be empty, then only the ridge keeps the fine-tuned behaviour.
         safe_teacher: module -> update of a safe adapter, or None for the base model itself.
-        config: ``utility_weight``, ``ridge``, ``decision_weight``, ``solver``, ``max_tokens``, ``offload``,
-            ``nlsr_batch_size`` and ``nlsr_seed`` are read.
+        config: ``utility_weight``, ``ridge``, ``decision_weight``, ``correct_drift``, ``solver``, ``max_tokens``,
+            ``offload``, ``nlsr_batch_size`` and ``nlsr_seed`` are read.
         work_dir: where solved blocks are kept until the last one is; a run that was interrupted goes on from there.
             Over several ranks that of rank 0, which alone reads and writes there.
         ranks: the processes that share the examples; all call this with the same model and arguments, and all get
@@ -196,17 +210,17 @@ def _positive(weights: Sequence[Tensor]) -> int:
 def _solve_blocks(run: _Run, finished: SolvedBlocks | None, progress: bool) -> TwoTeacherSolution:
     """Block by block; ``finished`` is None on all ranks but the first."""
     shares = run.ranks.gather(run.share())
-    groups = run.ranks.gather(_groups(run, shares) if run.ranks.number == 0 else [])[0]
-    expected = _expect(run, groups, shares)
+    steps = run.ranks.gather(_steps(run, shares) if run.ranks.number == 0 else [])[0]
+    expected = _expect(run, steps, shares)
     if run.ranks.number == 0:
         logger.info("two-teacher run: %s", expected.in_words())
     solved: dict[str, Solved] = {}
     for index, block in enumerate(tqdm(run.blocks, desc="two-teacher", unit="block", disable=not progress)):
-        current = {name: run.tuned[name] for group in groups[index] for name in group.d_outs}
+        current = {name: run.tuned[name] for group in steps[index].groups for name in group.d_outs}
         found = run.ranks.gather(None if finished is None else finished.load(index))[0]
         with held(block):
             if found is None:
-                found = _solve_block(run, index, groups[index], current)
+                found = _solve_block(run, index, steps[index], current)
                 if finished is not None:
                     finished.save(index, found)
             current |= {name: module.update for name, module in found.items()}
@@ -216,23 +230,42 @@ def _solve_blocks(run: _Run, finished: SolvedBlocks | None, progress: bool) -> T
     return _solution(solved, run.tuned, expected)
 
 
-def _solve_block(run: _Run, index: int, groups: Sequence[Group], current: Mapping[str, LowRank]) -> dict[str, Solved]:
+def _solve_block(run: _Run, index: int, step: _Step, current: Mapping[str, LowRank]) -> dict[str, Solved]:
     """Group after group, each on the inputs that the groups before it, repaired already, give."""
     found: dict[str, Solved] = {}
-    for group in groups:
-        found |= _solve_group(run, index, group, {**current, **{name: s.update for name, s in found.items()}})
+    for group in step.groups:
+        repaired = {**current, **{name: s.update for name, s in found.items()}}
+        found |= _solve_group(run, index, group, repaired, step.corrects if step.corrects in group.d_outs else None)
     return found
 
 
-def _groups(run: _Run, shares: Sequence[Share]) -> list[list[Group]]:
-    """The LoRA modules of each block that read the same tensor, in the order they run, found on one batch."""
+@dataclass(frozen=True)
+class _Step:
+    """What is solved in one block.
+
+    Attributes:
+        groups: LoRA modules that read the same tensor, in the order they run.
+        corrects: the last of them where it can make good what is left undone, see :func:`_undone`.
+    """
+
+    groups: list[Group]
+    corrects: str | None
+
+
+def _steps(run: _Run, shares: Sequence[Share]) -> list[_Step]:
+    """Block after block, found on one batch."""
     names = {id(layer): name for name, layer in run.adapter.layers.items()}
     hidden = run.streams[0].batch(0, 0).repaired
     found = []
     for index, block in enumerate(run.blocks):
-        arguments = run.streams[0].batch(0, index).arguments
-        found.append([_group(run, modules, shares) for modules in groups_of(block, names, hidden, arguments)])
-        hidden = run_block(block, hidden, arguments)
+        batch = run.streams[0].batch(0, index)
+        modules = groups_of(block, names, hidden, batch.arguments)
+        last = modules[-1][-1] if modules and run.config.correct_drift else None
+        layer: Any = None if last is None else run.adapter.layers[last]
+        if layer is not None and not is_added_last(block, layer, hidden, batch.arguments, batch.weights > 0.0):
+            last = None
+        found.append(_Step([_group(run, group, shares) for group in modules], last))
+        hidden = run_block(block, hidden, batch.arguments)
     return found
 
 
@@ -246,15 +279,17 @@ def _group(run: _Run, modules: list[str], shares: Sequence[Share]) -> Group:
     )
 
 
-def _expect(run: _Run, groups: list[list[Group]], shares: Sequence[Share]) -> Estimate:
+def _expect(run: _Run, steps: list[_Step], shares: Sequence[Share]) -> Estimate:
     passes = [
-        BlockPass(sum(parameter.numel() for parameter in block.parameters()), tuple(block_groups))
-        for block, block_groups in zip(run.blocks, groups, strict=True)
+        BlockPass(sum(parameter.numel() for parameter in block.parameters()), tuple(step.groups))
+        for block, step in zip(run.blocks, steps, strict=True)
     ]
     return estimate(passes, shares, wanted=run.config.solver)
 
 
-def _solve_group(run: _Run, index: int, group: Group, current: Mapping[str, LowRank]) -> dict[str, Solved]:
+def _solve_group(
+    run: _Run, index: int, group: Group, current: Mapping[str, LowRank], corrects: str | None
+) -> dict[str, Solved]:
     """Collect the least-squares problem of one group of modules over all batches of all streams, and solve it."""
     solver, device = choose_solver(run.config.solver, group), run.streams[0].device
     sums: NormalEquations | HeldTokens = (
@@ -263,38 +298,64 @@ def _solve_group(run: _Run, index: int, group: Group, current: Mapping[str, LowR
         else NormalEquations.zeros(group.d_in, group.d_outs, device, run.ranks)
     )
     for stream in run.streams:
+        reads = _Reading(run, run.blocks[index], list(group.d_outs), current, stream, corrects)
         for batch in stream.batches(index):
             weights = (batch.drawn if solver in HELD else batch.weights).flatten()
             counted = weights > 0.0
-            inputs, targets = _seen(run, group, batch, index=index, current=current, stream=stream, counted=counted)
+            inputs, targets = reads.tokens(batch, counted)
             sums.add(inputs if solver in HELD else inputs.float(), targets, weights[counted])
     return sums.solve(run.tuned, ridge=run.config.ridge, seed=run.config.nlsr_seed)
 
 
-def _seen(
-    run: _Run,
-    group: Group,
-    batch: Batch,
-    *,
-    index: int,
-    current: Mapping[str, LowRank],
-    stream: Stream,
-    counted: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the tokens that count: the group's inputs in the repaired model, and per module teacher minus base."""
-    layers: dict[str, Any] = {name: run.adapter.layers[name] for name in group.d_outs}
-    block, first = run.blocks[index], next(iter(layers))
-    with playing(run.adapter, current, stream.teacher):
-        wanted = run_until(layers, block, batch.taught, batch.arguments, outputs=True)
-    with playing(run.adapter, current, current):
-        seen = run_until({first: layers[first]}, block, batch.repaired, batch.arguments, outputs=False)
-    x = seen[first]
-    targets = {
-        name: rows_of(out, counted, name, instead=INSTEAD).float()
-        - layers[name].base_layer(x).to(x.device).flatten(0, -2)[counted].float()
-        for name, out in wanted.items()
-    }
-    return rows_of(x, counted, first, instead=INSTEAD), targets
+@dataclass(frozen=True)
+class _Reading:
+    """Reads what one group of modules gets, and what is wanted of it, from the batches of one stream.
+
+    Attributes:
+        modules: of the group.
+        current: module of the block -> update, as far as it is repaired.
+        corrects: the one of them that makes good on safety tokens what is left undone.
+    """
+
+    run: _Run
+    block: nn.Module
+    modules: list[str]
+    current: Mapping[str, LowRank]
+    stream: Stream
+    corrects: str | None
+
+    def tokens(self, batch: Batch, counted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the tokens that count: the inputs in the repaired model, and per module what is wanted minus base."""
+        adapter, current = self.run.adapter, self.current
+        layers: dict[str, Any] = {name: adapter.layers[name] for name in self.modules}
+        outputs = {name: Place(layer, True) for name, layer in layers.items()}
+        corrected = {}
+        if self.corrects is not None and self.stream is self.run.streams[0]:
+            corrected = {self.corrects: outputs[self.corrects], _AFTER: Place(self.block, True)}
+        with playing(adapter, current, self.stream.teacher):
+            taught = run_until(outputs | corrected, self.block, batch.taught, batch.arguments)
+        inputs = {_INPUT: Place(layers[self.modules[0]], False)}
+        with playing(adapter, current, current):
+            seen = run_until(inputs | corrected, self.block, batch.repaired, batch.arguments)
+        x = seen[_INPUT]
+        targets = {
+            name: rows_of(taught[name], counted, name, instead=INSTEAD).float()
+            - layer.base_layer(x).to(x.device).flatten(0, -2)[counted].float()
+            for name, layer in layers.items()
+        }
+        if corrected:
+            targets[str(self.corrects)] += _undone(taught, seen, str(self.corrects), counted)
+        return rows_of(x, counted, self.modules[0], instead=INSTEAD), targets
+
+
+def _undone(taught: Mapping[str, Tensor], seen: Mapping[str, Tensor], module: str, counted: Tensor) -> Tensor:
+    """How far the hidden state behind a block is from the teacher's, before the module's output is added to it."""
+    rows = [
+        {name: tensors[name].flatten(0, -2)[counted].float() for name in (_AFTER, module)}
+        for tensors in (taught, seen)
+    ]
+    ahead, behind = (found[_AFTER] - found[module] for found in rows)
+    return ahead - behind
 
 
 def _solution(solved: dict[str, Solved], tuned: dict[str, LowRank], expected: Estimate) -> TwoTeacherSolution:

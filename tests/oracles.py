@@ -275,25 +275,38 @@ def factors_of(D, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def two_teacher_module_dense(
-    W0, Ws, Wf, x_s, xteacher_s, w_s, x_u, xtuned_u, w_u, lam: float, eps: float, *, rank: int | None = None
+    W0,
+    Ws,
+    Wf,
+    x_s,
+    xteacher_s,
+    w_s,
+    x_u,
+    xtuned_u,
+    w_u,
+    lam: float,
+    eps: float,
+    *,
+    rank: int | None = None,
+    undone_s: Any = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(D, M, D_r)` of one module (DESIGN 6): the solution `T M^-1`, `M` with its ridge, `D` cut to a rank under `M`.
 
-        T = sum_s w (Ws xteacher - W0 x) x^T + lam sum_u w (Wf xtuned - W0 x) x^T + eps' (Wf - W0)
+        T = sum_s w (Ws xteacher + u - W0 x) x^T + lam sum_u w (Wf xtuned - W0 x) x^T + eps' (Wf - W0)
         M = sum_s w x x^T + lam sum_u w x x^T + eps' I,   eps' = eps mean diag of M before its ridge
 
-    Inputs `(tokens, d_in)`, token weights `(tokens,)`, normalised here to sum one on each data set. `rank=None`:
-    `D_r = D`.
+    Inputs `(tokens, d_in)`, token weights `(tokens,)`, normalised here to sum one on each data set, `undone_s` `u`
+    `(tokens, d_out)`. `rank=None`: `D_r = D`.
     """
     W0, Ws, Wf = as_double(W0), as_double(Ws), as_double(Wf)
     d_in = W0.shape[1]
     T = torch.zeros_like(W0)
     M = torch.zeros(d_in, d_in, dtype=torch.float64)
-    streams = ((1.0, Ws, x_s, xteacher_s, w_s), (lam, Wf, x_u, xtuned_u, w_u))
-    for share, W_teacher, x, x_teacher, weights in streams:
+    streams = ((1.0, Ws, x_s, xteacher_s, w_s, undone_s), (lam, Wf, x_u, xtuned_u, w_u, 0.0))
+    for share, W_teacher, x, x_teacher, weights, undone in streams:
         x, x_teacher, weights = as_double(x), as_double(x_teacher), as_double(weights)
         weights = weights / weights.sum()
-        wanted = x_teacher @ W_teacher.T - x @ W0.T
+        wanted = x_teacher @ W_teacher.T + as_double(undone) - x @ W0.T
         T += share * wanted.T @ torch.diag(weights) @ x
         M += share * x.T @ torch.diag(weights) @ x
     ridge = eps * M.diagonal().mean()
@@ -314,6 +327,7 @@ def two_teacher_model_oracle(
     *,
     safe: PeftModel | None = None,
     groups: Groups = GROUPS,
+    corrects: str | None = "down_proj",
 ) -> dict[str, Tensor]:
     """Module name -> dense `dW''` of rank at most the adapter's, solved block by block in data order (DESIGN 6).
 
@@ -327,6 +341,8 @@ def two_teacher_model_oracle(
         weights: token weights `(batch, time)` of the safety and of the utility batch, 0 on padding.
         safe: the safe teacher, LoRA of any rank on the same base; None is the base, with the adapter disabled.
         groups: which modules a block has, and their order.
+        corrects: end of the name of the module that makes good, on the safety batch, what is left undone: how far the
+            hidden state behind its block is from the teacher's, before its output is added.
     """
     w_s, w_u = weights
     tuned = float64_copy(model, adapter_name)
@@ -338,6 +354,12 @@ def two_teacher_model_oracle(
         x_u = inputs_of_group(repaired, group, utility_batch, w_u > 0)
         xteacher_s = inputs_of_group(safe, group, safety_batch, w_s > 0)
         xtuned_u = inputs_of_group(tuned, group, utility_batch, w_u > 0)
+        undone = {
+            name: rest_of_block(safe, name, safety_batch, w_s > 0)
+            - rest_of_block(repaired, name, safety_batch, w_s > 0)
+            for name in group
+            if corrects is not None and name.endswith(corrects)
+        }
         for name in group:
             base = base_weight(lora_layers(repaired, adapter_name)[name])
             A_s, B_s, safe_scale = factors(lora_layers(safe, adapter_name)[name], adapter_name)
@@ -355,6 +377,7 @@ def two_teacher_model_oracle(
                 lam=lam,
                 eps=eps,
                 rank=A_t.shape[0],
+                undone_s=undone.get(name, 0.0),
             )
         for name in group:
             layer = lora_layers(repaired, adapter_name)[name]
@@ -567,6 +590,21 @@ def inputs_of_group(model: PeftModel, names: Sequence[str], batch: Batch, kept: 
     """Module name -> inputs `(tokens, d_in)` at the kept positions of one batch."""
     modules = {name: model.get_submodule(f"base_model.model.{name}") for name in names}
     return recorded_inputs(model, modules, [batch], [kept])
+
+
+@torch.no_grad()
+def rest_of_block(model: PeftModel, name: str, batch: Batch, kept: Tensor) -> Tensor:
+    """Hidden states `(tokens, d)` behind a module's block less the module's own output, at the kept positions."""
+    module = f"base_model.model.{name}"
+    block = re.match(r".*?\.\d+(?=\.)", module)
+    assert block is not None
+    seen = []
+    for place in (block[0], module):
+        handle = model.get_submodule(place).register_forward_hook(lambda _, args, out: seen.append(out))
+        model(**batch)
+        handle.remove()
+    after, own = (out[0] if isinstance(out, tuple) else out for out in seen)
+    return (after.flatten(0, -2) - own.flatten(0, -2))[kept.flatten()]
 
 
 @torch.no_grad()

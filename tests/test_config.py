@@ -39,7 +39,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "nlsr_seed": (0, 2**63 - 1, True),
 }
 WHOLE = ("answer_tokens", "max_samples", "max_tokens", "max_length", "nlsr_batch_size", "nlsr_seed")
-SWITCHES = ("sequential", "compress", "screening", "leave_intact")
+SWITCHES = ("sequential", "compress", "correct_drift", "screening", "leave_intact")
 TEXTS = ("safety_layers", "safety_dimension")
 
 

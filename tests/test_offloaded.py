@@ -46,7 +46,7 @@ from peft_nlsr import (
     plan,
     revert,
 )
-from peft_nlsr.blocks import run_until
+from peft_nlsr.blocks import Place, run_until
 from peft_nlsr.generation import generate_answers, model_digest
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.offloading import bring_in, held, input_device
@@ -276,7 +276,7 @@ class Elsewhere(torch.nn.Module):
 def test_what_a_block_on_another_device_computes_comes_back() -> None:
     with FakeTensorMode():
         block, hidden = Elsewhere(), torch.zeros(2, 3, 4, device="cuda:0")
-        seen = run_until({"x": block}, block, hidden, ((), {}), outputs=True)
+        seen = run_until({"x": Place(block, True)}, block, hidden, ((), {}))
     assert seen["x"].device == hidden.device
 
 

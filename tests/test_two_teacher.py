@@ -18,6 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -34,7 +36,7 @@ from transformers import (
 )
 
 from peft_nlsr import two_teacher
-from peft_nlsr.blocks import Factors
+from peft_nlsr.blocks import Factors, is_added_last
 from peft_nlsr.config import NLSRConfig
 from peft_nlsr.errors import CalibrationError, IncompatibleError, UnsupportedAdapterError
 from peft_nlsr.examples import Example
@@ -150,23 +152,61 @@ def opt() -> PeftModel:
     return with_lora(OPTForCausalLM(config), ["q_proj", "v_proj", "out_proj", "fc1", "fc2"])
 
 
-MODELS: dict[str, tuple[Callable[[], PeftModel], Groups]] = {
-    "gpt2-fused-conv1d": (gpt2, [["c_attn"], ["attn.c_proj"], ["c_fc"], ["mlp.c_proj"]]),
-    "neox-fused-parallel": (neox, [["query_key_value"], ["attention.dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
-    "phi-parallel-shared-norm": (phi, [["q_proj", "k_proj", "v_proj"], ["dense"], ["fc1"], ["fc2"]]),
-    "qwen2-qkv-biases": (qwen2, oracles.GROUPS),
-    "opt-flattened-tokens": (opt, [["q_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]]),
+def gemma2() -> PeftModel:
+    """What its modules write passes a norm before it is added, so that none of them is added last."""
+    config = Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, intermediate_size=24, max_position_embeddings=32)
+    return with_lora(Gemma2ForCausalLM(config), "all-linear")
+
+
+MODELS: dict[str, tuple[Callable[[], PeftModel], Groups, str | None]] = {
+    "gpt2-fused-conv1d": (gpt2, [["c_attn"], ["attn.c_proj"], ["c_fc"], ["mlp.c_proj"]], "mlp.c_proj"),
+    "neox-fused-parallel": (
+        neox,
+        [["query_key_value"], ["attention.dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+        "dense_4h_to_h",
+    ),
+    "phi-parallel-shared-norm": (phi, [["q_proj", "k_proj", "v_proj"], ["dense"], ["fc1"], ["fc2"]], "fc2"),
+    "qwen2-qkv-biases": (qwen2, oracles.GROUPS, "down_proj"),
+    "opt-flattened-tokens": (opt, [["q_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]], "fc2"),
+    "gemma2-norm-behind-the-output": (gemma2, oracles.GROUPS, None),
 }
 
 
-@pytest.mark.parametrize(("make", "groups"), MODELS.values(), ids=MODELS)
-def test_whole_models_equal_the_dense_oracle(make: Callable[[], PeftModel], groups: Groups) -> None:
+@pytest.mark.parametrize(("make", "groups", "corrects"), MODELS.values(), ids=MODELS)
+def test_whole_models_equal_the_dense_oracle(
+    make: Callable[[], PeftModel], groups: Groups, corrects: str | None
+) -> None:
     torch.manual_seed(0)
     model, config = make().double(), settings()
     before = state_of(model)
     solution = solve(model, config)
     assert_same_state(model, before)
-    assert_solves(solution, oracle(model, config, groups=groups), tolerance(config.ridge))
+    assert_solves(solution, oracle(model, config, groups=groups, corrects=corrects), tolerance(config.ridge))
+
+
+def test_drift_is_left_uncorrected_where_asked(make_pico_lora: MakeLora) -> None:
+    model, config = make_pico_lora().double(), settings(correct_drift=False)
+    left = solve(model, config)
+    assert_solves(left, oracle(model, config, corrects=None), tolerance(config.ridge))
+    first, second = (dense(found)[DOWN] for found in (left, solve(model, settings())))
+    assert gap(first, second) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_added_last_is_found_in_any_precision(make_pico_lora: MakeLora, dtype: torch.dtype) -> None:
+    model = make_pico_lora().to(dtype)
+    block = model.base_model.model.model.layers[0]
+    for weight in block.mlp.parameters():
+        weight.data *= 20  # they start near 0, and then hardly answer to what o_proj writes
+    states = 30 * torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = model.base_model.model.model.rotary_emb(states, torch.arange(5)[None])
+    arguments: Any = ((), {"position_embeddings": positions})
+    added = {
+        name: is_added_last(block, module, states, arguments, torch.ones(2, 5, dtype=torch.bool))
+        for name, module in block.named_modules()
+        if name.endswith("_proj")
+    }
+    assert [name for name, last in added.items() if last] == ["mlp.down_proj"]
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
