@@ -67,6 +67,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "neuron_score": ("wanda", "contrast", "update", "random"),
     "solver": ("auto", "full", "moment", "dual", "iterative"),
     "offload": ("auto", "always", "never"),
+    "refused_prompts": ("join", "drop"),
 }
 _LAYERS = re.compile(r"auto|\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -143,7 +144,14 @@ class NLSRConfig:
         "Keep two_teacher's hidden states on the CPU between blocks: always, never, or where they would take half of "
         "the accelerator's free memory (auto).",
     )
-    screening: bool = _knob(True, "Ask the safe teacher first; user prompts that it refuses join the safety data.")
+    screening: bool = _knob(
+        True, "Ask the safe teacher first; user prompts that it refuses are not among what is to be kept."
+    )
+    refused_prompts: str = _knob(
+        "join",
+        "What becomes of them: join the safety data with the teacher's answer, or drop, for a user's task in which "
+        "prompts that the teacher refuses are legitimate.",
+    )
     leave_intact: bool = _knob(
         True, "Change nothing where the adapter still refuses (99 % of) what the safe teacher refuses."
     )

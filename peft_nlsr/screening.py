@@ -1,8 +1,8 @@
 """Prepares the two kinds of data of the two-teacher form: what the safe teacher answers, and what it refuses.
 
-The user's data may contain the attack. Prompts that the safe teacher refuses leave the utility data and join the
-safety data with the teacher's own answer (docs/DESIGN.md section 6). Only indices and counts are ever reported, never
-texts.
+The user's data may contain the attack. Prompts that the safe teacher refuses leave the utility data and, unless they
+are dropped, join the safety data with the teacher's own answer (docs/DESIGN.md section 6). Only indices and counts are
+ever reported, never texts.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def prepare_data(
 def _utility(
     asking: _Asking, utility: Iterable[Any] | None, teacher: Factors
 ) -> tuple[list[Example], list[Example], dict[str, Any], tuple[str, ...]]:
-    """The utility data, the user's rows that the teacher refuses with its answers, the record and notes."""
+    """The utility data, the user's rows that join the safety data with the teacher's answers, the record and notes."""
     config = asking.config
     if utility is None:
         kept, record, notes = _stand_in(asking)
@@ -101,7 +101,8 @@ def _utility(
         kept = rows[: config.max_samples]
         return kept, [], {"utility": {"source": "given", "used": len(kept)}}, ()
     kept, refused, record = _screen(asking, rows, teacher)
-    return kept, refused, record, _screening_notes(record)
+    joins = config.refused_prompts == "join"
+    return kept, refused if joins else [], record, _screening_notes(record, joins)
 
 
 def rows_meant(rows: Sequence[Example], record: Mapping[str, Any]) -> list[Example]:
@@ -185,7 +186,7 @@ def answer_safety_prompts(
 def _require_safety(teaching: TeachingData) -> TeachingData:
     if not teaching.safety:
         raise CalibrationError(
-            f"there are no safety data: {_NOT_OUR_LANGUAGE}, and the safe teacher refused no prompt of the user's; "
+            f"there are no safety data: {_NOT_OUR_LANGUAGE}, and no prompt of the user's joined them; "
             "pass calibration=[{'prompt': ..., 'response': ...}] in the model's language"
         )
     return teaching
@@ -338,13 +339,13 @@ def _screen(
     return kept, refused, {"utility": record}
 
 
-def _screening_notes(record: dict[str, Any]) -> tuple[str, ...]:
+def _screening_notes(record: dict[str, Any], joins: bool) -> tuple[str, ...]:
     utility = record["utility"]
     notes: list[str] = []
     if utility["refused_by_teacher"]:
         notes.append(
             f"{utility['refused_by_teacher']} of {utility['screened']} of your prompts are refused by the safe "
-            "teacher; they were used as safety data (row indices in the record)"
+            f"teacher; they were {'used as safety data' if joins else 'left out'} (row indices in the record)"
         )
     if utility["unscreened_for_lack_of_a_prompt"]:
         notes.append(

@@ -343,8 +343,8 @@ class _Reading:
             - layer.base_layer(x).to(x.device).flatten(0, -2)[counted].float()
             for name, layer in layers.items()
         }
-        if corrected:
-            targets[str(self.corrects)] += _undone(taught, seen, str(self.corrects), counted)
+        if self.corrects is not None and corrected:
+            targets[self.corrects] += _undone(taught, seen, self.corrects, counted)
         return rows_of(x, counted, self.modules[0], instead=INSTEAD), targets
 
 

@@ -76,6 +76,14 @@ def test_poisoned_rows_leave_the_utility_data_and_join_the_safety_data(model: Pe
     assert note.startswith("2 of 8 of your prompts are refused by the safe teacher")
 
 
+def test_refused_rows_may_be_dropped(model: PeftModel) -> None:
+    joined, dropped = (prepare(model, config=quick(refused_prompts=what)) for what in ("join", "drop"))
+    assert dropped.safety == joined.safety[:2] and dropped.utility == joined.utility
+    assert dropped.record == joined.record
+    (note,) = dropped.notes
+    assert "they were left out (row indices" in note and "used as safety data" in joined.notes[0]
+
+
 @pytest.mark.parametrize("teacher", ["base", "adapter"])
 def test_a_refused_row_gets_the_answer_of_the_teacher_and_a_kept_row_keeps_its_own(
     model: PeftModel, make_pico_lora: MakeLora, teacher: str
@@ -187,7 +195,7 @@ def test_built_in_prompts_in_unknown_words_are_left_out(model: PeftModel) -> Non
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"utility": rows(4)}, "refused no prompt of the user's; pass calibration="),
+        ({"utility": rows(4)}, "no prompt of the user's joined them; pass calibration="),
         ({"utility": rows(4), "config": quick(screening=False)}, "pass calibration="),
         ({"utility": None, "calibration": rows(2)}, "pass utility="),
     ],

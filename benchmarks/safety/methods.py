@@ -63,12 +63,14 @@ class Repair:
 
 _OURS = next(m for m in METHODS if m.name == "two-teacher")
 _SUM = next(m for m in METHODS if m.name == "sum, low-rank")
+_DROPPING = Method("two-teacher, refused dropped", NLSRConfig(refused_prompts="drop"), utility=True)
 _ALIGNED = Method("two-teacher, aligned teacher", NLSRConfig(), reference=True, utility=True)
 ENTRIES = {
     entry.name: entry
     for entry in (
         *(Entry(method.name, method) for method in METHODS),
         Entry(_ALIGNED.name, _ALIGNED),
+        Entry(_DROPPING.name, _DROPPING),
         Entry("trained, 100 steps", _OURS, TRAINED),
         Entry("random entries, as sum", _SUM, "random"),
         Entry("rows reset, as sum", _SUM, "reset"),
