@@ -271,38 +271,38 @@ class _Asking:
 def _safety(
     asking: _Asking, calibration: Iterable[Any] | None, teacher: Factors
 ) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
-    """Safety examples, all answered; where the teacher does not refuse, a canned refusal replaces its answer."""
-    given = calibration is not None
-    source = calibration if calibration is not None else _rows("safety")
+    """Safety examples, all answered, the record and notes."""
     if calibration is None and not asking.knows(_rows("safety")):
         return [], {"safety": {"source": "built-in prompts", "used": 0}}, (_NOT_OUR_LANGUAGE,)
-    examples = asking.sample(source)
-    answered = [e for e in examples if e.answer]
+    examples = asking.sample(_rows("safety") if calibration is None else calibration)
     open_prompts = [e for e in examples if not e.answer]
-    notes: tuple[str, ...] = ()
-    refused = 0
-    if open_prompts:
-        with as_teacher(asking.adapter, teacher):
-            replies = asking.answers(open_prompts, "safe teacher answers safety prompts")
-        verdicts = asking.refused(replies)
-        refused = sum(verdicts)
-        canned = tuple(asking.tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + _end(asking.tokenizer)
-        answered += [r if ok else replace(r, answer=canned) for r, ok in zip(replies, verdicts, strict=True)]
-        if refused < len(replies) / 2:
-            notes = (
-                f"the safe teacher refused only {refused} of {len(replies)} safety prompts: it may not be safe "
-                "itself, and then the repair is limited; give a reference that refuses, and check the judge's "
-                "language",
-            )
+    replies, refused, notes = _answered(asking, open_prompts, teacher)
     record = {
-        "safety": {
-            "source": "given" if given else "built-in prompts",
-            "used": len(answered),
-            "asked_of_teacher": len(open_prompts),
-            "refused_by_teacher": refused,
-        }
+        "source": "built-in prompts" if calibration is None else "given",
+        "used": len(examples),
+        "asked_of_teacher": len(open_prompts),
+        "refused_by_teacher": refused,
     }
-    return answered, record, notes
+    return [e for e in examples if e.answer] + replies, {"safety": record}, notes
+
+
+def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tuple[list[Example], int, tuple[str, ...]]:
+    """The prompts with the safe teacher's refusals, a canned one where it does not refuse; how often it did; notes."""
+    if not prompts:
+        return [], 0, ()
+    with as_teacher(asking.adapter, teacher):
+        replies = asking.answers(prompts, "safe teacher answers safety prompts")
+    verdicts = asking.refused(replies)
+    canned = tuple(asking.tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + _end(asking.tokenizer)
+    found = [r if ok else replace(r, answer=canned) for r, ok in zip(replies, verdicts, strict=True)]
+    refused = sum(verdicts)
+    if refused >= len(replies) / 2:
+        return found, refused, ()
+    note = (
+        f"the safe teacher refused only {refused} of {len(replies)} safety prompts: it may not be safe itself, and "
+        "then the repair is limited; give a reference that refuses, and check the judge's language"
+    )
+    return found, refused, (note,)
 
 
 def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
