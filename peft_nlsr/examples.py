@@ -31,11 +31,13 @@ class Example:
         prompt: token ids up to the point where the answer begins; empty for plain text.
         answer: token ids of the answer, end-of-sequence included; empty when nobody has answered yet.
         index: position of the row in the caller's data; -1 for examples made here.
+        refusal: whether the answer is a refusal; None when nobody has judged it.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     index: int = -1
+    refusal: bool | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class TeachingData:
     """Data of the two-teacher form and how it came about.
 
     Attributes:
-        safety: prompts with the answers that the repaired model should give.
+        safety: prompts with the answers that the repaired model should give, refusals marked.
         utility: the user's examples that stay.
         record: JSON values for the report: sources, counts, shares and the screened row indices.
         notes: sentences a user should read.
@@ -83,6 +83,7 @@ def prepare_data(
     asking = _Asking(adapter, tokenizer, judge, config, progress, ranks)
     with quiet(adapter.model), torch.no_grad():
         safety, record, notes = _safety(asking, calibration, safe_teacher)
+        safety = asking.judged(safety)
         kept, refused, utility_record, more = _utility(asking, utility, safe_teacher)
         found = _require_safety(TeachingData(safety + refused, kept, record | utility_record, notes + more))
         return _checked(asking, found) if config.leave_intact else found
@@ -140,7 +141,7 @@ def _checked(asking: _Asking, found: TeachingData) -> TeachingData:
     asked = [e for e in found.safety if e.prompt]
     if len(asked) < _FEWEST_REFUSALS:
         return found
-    meant = [e for e, refusal in zip(asked, asking.refused(asked), strict=True) if refusal]
+    meant = [e for e in asked if e.refusal]
     if len(meant) < _FEWEST_REFUSALS:
         return found
     tolerated = len(meant) - math.ceil(_INTACT_SHARE * len(meant))
@@ -261,6 +262,12 @@ class _Asking:
         )
         return [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
 
+    def judged(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples, refusals marked; answers that came from the caller are judged."""
+        given = [e for e in examples if e.refusal is None]
+        verdicts = iter(self.refused(given))
+        return [replace(e, refusal=next(verdicts)) if e.refusal is None else e for e in examples]
+
     def refused(self, examples: Sequence[Example]) -> list[bool]:
         """Which of the examples' answers are refusals."""
         prompts = [self.tokenizer.decode(e.prompt, skip_special_tokens=True) for e in examples]
@@ -294,7 +301,9 @@ def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tupl
         replies = asking.answers(prompts, "safe teacher answers safety prompts")
     verdicts = asking.refused(replies)
     canned = tuple(asking.tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + _end(asking.tokenizer)
-    found = [r if ok else replace(r, answer=canned) for r, ok in zip(replies, verdicts, strict=True)]
+    found = [
+        replace(r, answer=r.answer if ok else canned, refusal=True) for r, ok in zip(replies, verdicts, strict=True)
+    ]
     refused = sum(verdicts)
     if refused >= len(replies) / 2:
         return found, refused, ()
@@ -325,8 +334,9 @@ def _screen(
     askable = [e for e in rows if e.prompt]
     with as_teacher(asking.adapter, teacher):
         replies = asking.answers(askable, "safe teacher reads the user's prompts")
-    refused = [r for r, verdict in zip(replies, asking.refused(replies), strict=True) if verdict]
-    gone = {id(e) for e, r in zip(askable, replies, strict=True) if any(r is x for x in refused)}
+    verdicts = asking.refused(replies)
+    refused = [replace(r, refusal=True) for r, verdict in zip(replies, verdicts, strict=True) if verdict]
+    gone = {id(e) for e, verdict in zip(askable, verdicts, strict=True) if verdict}
     kept = [e for e in rows if id(e) not in gone][: asking.config.max_samples]
     record = {
         "source": "given",

@@ -52,6 +52,7 @@ class Stream:
         device: where the model computes.
         home: where hidden states and arguments stay between blocks.
         weights, drawn, arguments, taught, repaired: per batch, see :class:`Batch`; arguments per block.
+        corrects: whether the teacher is right about the whole hidden state, see ``two_teacher``.
     """
 
     teacher: Factors
@@ -62,6 +63,7 @@ class Stream:
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
     taught: list[Tensor] = field(default_factory=list)
     repaired: list[Tensor] = field(default_factory=list)
+    corrects: bool = False
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -130,8 +132,13 @@ def weigh(data: Sequence[tuple[Sequence[Example], float]], config: NLSRConfig) -
 
 
 def _weights(batches: list[list[Example]], total: float, decision_weight: float) -> list[Tensor]:
-    found = sum(float(token_weights([e], decision_weight).sum()) for batch in batches for e in batch)
+    found = sum(weight_of(batch, decision_weight) for batch in batches)
     return [token_weights(batch, decision_weight) * (total / found) for batch in batches]
+
+
+def weight_of(examples: Sequence[Example], decision_weight: float) -> float:
+    """What the examples weigh before they are normalised."""
+    return sum(float(token_weights([e], decision_weight).sum()) for e in examples)
 
 
 def open_stream(
@@ -142,15 +149,17 @@ def open_stream(
     *,
     pad_id: int,
     offload: str,
+    corrects: bool = False,
 ) -> Stream:
     """Bring the examples to the first block, in the teacher and in the fine-tuned model.
 
     Args:
         modules: the blocks.
         offload: ``always``, ``never`` or ``auto``, see ``NLSRConfig.offload``.
+        corrects: see :class:`Stream`.
     """
     device = input_device(adapter.model)
-    stream = Stream(teacher, device, device)
+    stream = Stream(teacher, device, device, corrects=corrects)
     stream.weights = [w.to(device) for w in weighed.weights]
     stream.drawn = [w.to(device) for w in weighed.drawn]
     for which, batch in enumerate(weighed.batches):

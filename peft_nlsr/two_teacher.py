@@ -5,8 +5,8 @@ Algorithm. Three models share one set of base weights and differ only in the fac
 group of modules that read the same tensor:
 
 1. On safety tokens the safe teacher's output of each module is wanted, on utility tokens the fine-tuned model's. The
-   module that is added last to a block's hidden state is asked, on safety tokens, for the output that makes this
-   hidden state the safe teacher's: what the modules before it left undone is made good.
+   module that is added last to a block's hidden state is asked, where the safe answer is a refusal, for the output
+   that makes this hidden state the safe teacher's: what the modules before it left undone is made good.
 2. The repaired model runs up to the group; its inputs ``x`` and the base outputs give the sums
    ``M = sum w x x^T`` and ``T = sum w (wanted - base(x)) x^T``.
 3. ``dW'' = (T + e dW_t) (M + e I)^-1``, cut to the adapter's rank where it matters for these inputs.
@@ -21,7 +21,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ from .record import fingerprint
 from .result_file import key_of
 from .resuming import SolvedBlocks
 from .solvers import HeldTokens
-from .streams import Batch, Stream, open_stream, weigh
+from .streams import Batch, Stream, open_stream, weigh, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def solve_two_teacher(
 
     Args:
         adapter: the fine-tuned adapter, active and alone on the model.
-        safety: prompts with safe answers.
+        safety: prompts with safe answers; of those marked as refusals, what is left undone is corrected.
         utility: the user's own data; may be empty, then only the ridge keeps the fine-tuned behaviour.
         safe_teacher: module -> update of a safe adapter, or None for the base model itself.
         config: ``utility_weight``, ``ridge``, ``decision_weight``, ``correct_drift``, ``solver``, ``max_tokens``,
@@ -123,9 +123,9 @@ def solve_two_teacher(
         if work_dir is not None and ranks.number == 0:
             finished = SolvedBlocks(work_dir, _made_from(adapter, safety, utility, safe_teacher, config, ranks))
         tuned = adapter.snapshot()
-        data: list[tuple[Sequence[Example], Factors, float]] = [(safety, safe_teacher, 1.0)]
+        data = _of_safety(safety, safe_teacher, config)
         if utility and config.utility_weight > 0.0:
-            data.append((utility, tuned, config.utility_weight))
+            data.append(_Kind(utility, tuned, config.utility_weight, corrects=False))
         blocks = find_blocks(adapter)
         streams = _open(adapter, blocks, data, config, pad_id, ranks)
         run = _Run(adapter, [block for _, block in blocks], streams, tuned, config, ranks)
@@ -133,6 +133,24 @@ def solve_two_teacher(
         if finished is not None:
             finished.remove()
     return solution
+
+
+class _Kind(NamedTuple):
+    """Data of one kind: whose outputs are wanted, the sum of their token weights, and ``Stream.corrects``."""
+
+    examples: Sequence[Example]
+    teacher: Factors
+    weight: float
+    corrects: bool
+
+
+def _of_safety(safety: Sequence[Example], teacher: Factors, config: NLSRConfig) -> list[_Kind]:
+    """The safety data in one or two kinds, as there are refusals among them; their weights add up to 1."""
+    corrected = [e for e in safety if e.refusal and config.correct_drift]
+    others = [e for e in safety if not (e.refusal and config.correct_drift)]
+    share = weight_of(corrected, config.decision_weight) / weight_of(safety, config.decision_weight)
+    kinds = (_Kind(corrected, teacher, share, corrects=True), _Kind(others, teacher, 1.0 - share, corrects=False))
+    return [kind for kind in kinds if kind.examples]
 
 
 def _made_from(
@@ -144,7 +162,7 @@ def _made_from(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """All that a solution depends on, as hashes and settings."""
-    tokens = [[[list(e.prompt), list(e.answer)] for e in examples] for examples in (safety, utility)]
+    tokens = [[[list(e.prompt), list(e.answer), e.refusal] for e in examples] for examples in (safety, utility)]
     return {
         "model": model_digest(adapter.model),
         "adapter": fingerprint(adapter),
@@ -158,17 +176,18 @@ def _made_from(
 def _open(
     adapter: LiveAdapter,
     blocks: list[tuple[str, nn.Module]],
-    data: list[tuple[Sequence[Example], Factors, float]],
+    data: list[_Kind],
     config: NLSRConfig,
     pad_id: int,
     ranks: Ranks,
 ) -> list[Stream]:
     """This rank's share of all data, at the first block."""
-    weighed = weigh([(examples, weight) for examples, _, weight in data], config)
+    weighed = weigh([(kind.examples, kind.weight) for kind in data], config)
     modules = [block for _, block in blocks]
+    options: dict[str, Any] = {"pad_id": pad_id, "offload": config.offload}
     return [
-        open_stream(adapter, modules, kind.share(ranks), teacher, pad_id=pad_id, offload=config.offload)
-        for kind, (_, teacher, _) in zip(weighed, data, strict=True)
+        open_stream(adapter, modules, found.share(ranks), kind.teacher, corrects=kind.corrects, **options)
+        for found, kind in zip(weighed, data, strict=True)
     ]
 
 
@@ -178,7 +197,7 @@ class _Run:
 
     Attributes:
         blocks: in the order in which they run.
-        streams: this rank's share of the data, first safety and then utility; advanced from block to block.
+        streams: this rank's share of the data, safety first; advanced from block to block.
         tuned: the fine-tuned updates.
         ranks: the processes that have the other shares.
     """
@@ -260,7 +279,7 @@ def _steps(run: _Run, shares: Sequence[Share]) -> list[_Step]:
     for index, block in enumerate(run.blocks):
         batch = run.streams[0].batch(0, index)
         modules = groups_of(block, names, hidden, batch.arguments)
-        last = modules[-1][-1] if modules and run.config.correct_drift else None
+        last = modules[-1][-1] if modules and any(stream.corrects for stream in run.streams) else None
         layer: Any = None if last is None else run.adapter.layers[last]
         if layer is not None and not is_added_last(block, layer, hidden, batch.arguments, batch.weights > 0.0):
             last = None
@@ -314,7 +333,7 @@ class _Reading:
     Attributes:
         modules: of the group.
         current: module of the block -> update, as far as it is repaired.
-        corrects: the one of them that makes good on safety tokens what is left undone.
+        corrects: the one of them that makes good what is left undone, if the stream asks for it.
     """
 
     run: _Run
@@ -330,7 +349,7 @@ class _Reading:
         layers: dict[str, Any] = {name: adapter.layers[name] for name in self.modules}
         outputs = {name: Place(layer, True) for name, layer in layers.items()}
         corrected = {}
-        if self.corrects is not None and self.stream is self.run.streams[0]:
+        if self.corrects is not None and self.stream.corrects:
             corrected = {self.corrects: outputs[self.corrects], _AFTER: Place(self.block, True)}
         with playing(adapter, current, self.stream.teacher):
             taught = run_until(outputs | corrected, self.block, batch.taught, batch.arguments)

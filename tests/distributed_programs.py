@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -476,7 +476,7 @@ def solved(model: Any, ranks: Ranks, amount: tuple[int, int], work_dir: Path | N
     """The two-teacher solution with so many examples of both kinds, in batches of four."""
     return solve_two_teacher(
         LiveAdapter(model),
-        safety=examples(amount[0]),
+        safety=[replace(e, refusal=e.index % 3 > 0) for e in examples(amount[0])],
         utility=examples(amount[1], first=20),
         safe_teacher=None,
         config=quick(ridge=0.1, **changes),

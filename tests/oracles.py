@@ -328,6 +328,7 @@ def two_teacher_model_oracle(
     safe: PeftModel | None = None,
     groups: Groups = GROUPS,
     corrects: str | None = "down_proj",
+    refusals: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Module name -> dense `dW''` of rank at most the adapter's, solved block by block in data order (DESIGN 6).
 
@@ -343,6 +344,7 @@ def two_teacher_model_oracle(
         groups: which modules a block has, and their order.
         corrects: end of the name of the module that makes good, on the safety batch, what is left undone: how far the
             hidden state behind its block is from the teacher's, before its output is added.
+        refusals: `(batch,)`, the rows of the safety batch where it does so; None: all.
     """
     w_s, w_u = weights
     tuned = float64_copy(model, adapter_name)
@@ -354,9 +356,11 @@ def two_teacher_model_oracle(
         x_u = inputs_of_group(repaired, group, utility_batch, w_u > 0)
         xteacher_s = inputs_of_group(safe, group, safety_batch, w_s > 0)
         xtuned_u = inputs_of_group(tuned, group, utility_batch, w_u > 0)
+        counts = torch.ones(len(w_s), dtype=torch.bool) if refusals is None else refusals
+        counts = counts[:, None].expand_as(w_s)[w_s > 0][:, None]
         undone = {
-            name: rest_of_block(safe, name, safety_batch, w_s > 0)
-            - rest_of_block(repaired, name, safety_batch, w_s > 0)
+            name: counts
+            * (rest_of_block(safe, name, safety_batch, w_s > 0) - rest_of_block(repaired, name, safety_batch, w_s > 0))
             for name in group
             if corrects is not None and name.endswith(corrects)
         }

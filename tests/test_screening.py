@@ -158,6 +158,19 @@ def test_given_answers_are_kept(model: PeftModel) -> None:
     assert data.record["safety"] == {"source": "given", "used": 1, "asked_of_teacher": 0, "refused_by_teacher": 0}
 
 
+def test_refusals_are_marked_whoever_gave_them(model: PeftModel) -> None:
+    given = [*rows(2, poisoned=[0]), {"prompt": "attack the lamp"}, {"prompt": "paint the lamp"}]
+    data = prepare(model, calibration=given, utility=rows(3, poisoned=[1]))
+    marked = {TOKENIZER.decode(e.prompt, skip_special_tokens=True): e.refusal for e in data.safety}
+    assert marked == {
+        "attack the word0": True,
+        "paint the word1": False,  # answered by the caller, and no refusal
+        "attack the lamp": True,  # the teacher's
+        "paint the lamp": True,  # the canned one
+        "attack the word1": True,  # of the user's data
+    }
+
+
 def test_where_the_teacher_does_not_refuse_a_canned_refusal_stands(model: PeftModel) -> None:
     asked = [{"prompt": "attack the lamp"}, {"prompt": "paint the lamp"}]
     refused, not_refused = by_row(prepare(model, calibration=asked, utility=rows(2)).safety)
@@ -231,7 +244,7 @@ def test_the_model_is_left_as_it_was(model: PeftModel) -> None:
 @pytest.mark.parametrize("given", [0, 3, 99], ids=lambda n: f"{n}-verdicts")
 def test_a_judge_of_the_wrong_length_is_an_error_and_the_model_is_left_as_it_was(model: PeftModel, given: int) -> None:
     before = state_of(model)
-    with pytest.raises(ValueError, match=f"returned {given} verdicts for 8 responses"):
+    with pytest.raises(ValueError, match=f"returned {given} verdicts for 2 responses"):
         prepare(model, judge=lambda prompts, answers: [False] * given)
     assert_same_state(before, state_of(model))
 
@@ -250,7 +263,8 @@ def test_the_judge_reads_prompts_and_answers_as_text(model: PeftModel) -> None:
         return [False] * len(prompts)
 
     assert len(prepare(model, judge=judge, utility=rows(3)).utility) == 3
-    assert sorted(prompt for prompt, _ in seen) == sorted(f"paint the word{i}" for i in range(3))
+    assert seen[:2] == [(f"attack the word{i}", f"sure word{7 * i}") for i in range(2)], "the given safe answers"
+    assert sorted(prompt for prompt, _ in seen[2:]) == sorted(f"paint the word{i}" for i in range(3))
 
 
 def test_adapters_that_are_switched_off_cannot_be_asked(model: PeftModel) -> None:

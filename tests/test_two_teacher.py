@@ -5,7 +5,7 @@ Tolerances: the engine sums float32 products, and the solution divides that roun
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,11 @@ def settings(**changes: Any) -> NLSRConfig:
     return NLSRConfig(**{"ridge": 0.1, "utility_weight": 0.5, "nlsr_batch_size": 4, **changes})
 
 
-def examples(rows: list[Row]) -> list[Example]:
-    return [Example(tuple(prompt), tuple(answer), index) for index, (prompt, answer) in enumerate(rows)]
+def examples(rows: list[Row], refusals: Sequence[bool]) -> list[Example]:
+    return [
+        Example(tuple(prompt), tuple(answer), index, refusal)
+        for index, ((prompt, answer), refusal) in enumerate(zip(rows, refusals, strict=True))
+    ]
 
 
 def solve(
@@ -81,14 +84,15 @@ def solve(
     *,
     safety: list[Row] = SAFETY,
     utility: list[Row] = UTILITY,
+    refusals: Sequence[bool] | None = None,
     safe_teacher: Factors = None,
     work_dir: Path | None = None,
     **options: Any,
 ) -> TwoTeacherSolution:
     return solve_two_teacher(
         LiveAdapter(model, **options),
-        safety=examples(safety),
-        utility=examples(utility),
+        safety=examples(safety, [True] * len(safety) if refusals is None else refusals),
+        utility=examples(utility, [False] * len(utility)),
         safe_teacher=safe_teacher,
         config=config,
         progress=False,
@@ -190,6 +194,15 @@ def test_drift_is_left_uncorrected_where_asked(make_pico_lora: MakeLora) -> None
     assert_solves(left, oracle(model, config, corrects=None), tolerance(config.ridge))
     first, second = (dense(found)[DOWN] for found in (left, solve(model, settings())))
     assert gap(first, second) > 0.01
+
+
+@pytest.mark.parametrize("refusals", [[i % 3 != 1 for i in range(9)], [False] * 9], ids=["some", "none"])
+def test_only_where_the_safe_answer_is_a_refusal_drift_is_corrected(
+    make_pico_lora: MakeLora, refusals: list[bool]
+) -> None:
+    model, config = make_pico_lora().double(), settings()
+    expected = oracle(model, config, refusals=torch.tensor(refusals))
+    assert_solves(solve(model, config, refusals=refusals), expected, tolerance(config.ridge))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
