@@ -127,8 +127,8 @@ class NLSRConfig:
     decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
     correct_drift: bool = _knob(
         True,
-        "two_teacher asks the last module of each block, where the safe answer is a refusal, for the output that makes "
-        "the hidden state the safe teacher's, so that what the modules before it left undone is made good.",
+        "two_teacher asks the last module of each block, where the safe answer is a refusal, for the output that "
+        "makes the hidden state the safe teacher's, so that what the modules before it left undone is made good.",
     )
     solver: str = _knob(
         "auto",

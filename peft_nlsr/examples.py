@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -60,10 +60,11 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
     found: list[Example] = []
     for index, row in _rows(data, limit, seed):
         for example in _examples_of(row, tokenizer, index):
-            cut = Example(
-                example.prompt[:max_length],
-                example.answer[: max(0, max_length - len(example.prompt))],
-                index if example.index < 0 else example.index,
+            cut = replace(
+                example,
+                prompt=example.prompt[:max_length],
+                answer=example.answer[: max(0, max_length - len(example.prompt))],
+                index=index if example.index < 0 else example.index,
             )
             if cut.tokens:
                 found.append(cut)

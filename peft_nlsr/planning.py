@@ -173,7 +173,8 @@ class Planner:
 
     def _taught(self, config: NLSRConfig, source: Reference) -> TeachingData:
         drawn = (config.max_samples, config.max_length, config.nlsr_seed)
-        key = (_identity(source.updates), config.screening, config.leave_intact, config.answer_tokens, *drawn)
+        asked = (config.screening, config.refused_prompts, config.leave_intact, config.answer_tokens)
+        key = (_identity(source.updates), *asked, *drawn)
         if key not in self._teaching:
             self._teaching[key] = prepare_data(
                 self.adapter,

@@ -62,6 +62,11 @@ def test_every_form_gives_the_same_prompt_and_answer(form: str) -> None:
     assert read(FORMS[form]) == [Example(PROMPT, ANSWER, 0)]
 
 
+@pytest.mark.parametrize("refusal", [True, False, None])
+def test_what_is_known_of_an_example_stays_with_it(refusal: bool | None) -> None:
+    assert read(Example(PROMPT, ANSWER, 7, refusal)) == [Example(PROMPT, ANSWER, 7, refusal)]
+
+
 SECOND = (ids("<user> word3 <bot>"), ids("no </s>"))
 
 

@@ -30,6 +30,7 @@ from peft_nlsr import (
 from peft_nlsr.config import CHOICES
 from peft_nlsr.gate import losses
 from peft_nlsr.planning import Planner
+from peft_nlsr.realign import plan
 from peft_nlsr.record import fingerprint
 from peft_nlsr.tuning import Settings, Trial, _grid, _optuna, _preference, default_space, split
 
@@ -289,6 +290,12 @@ def test_answers_are_those_of_the_same_unseen_rows_in_every_trial(
     assert {e.settings["answer_rows"] for e in found.held_out.values()} == {"rows that the repair did not use"}
 
 
+def apart(first: Any, second: Any) -> float:
+    """The largest relative distance of two plans' updates of one module."""
+    dense = [{name: u.scale * u.B @ u.A for name, u in found.updates.items()} for found in (first, second)]
+    return max(float((dense[0][name] - want).norm() / want.norm()) for name, want in dense[1].items())
+
+
 class TestSpaces:
     @pytest.mark.parametrize("selection", CHOICES["selection"])
     @pytest.mark.parametrize("form", [*CHOICES["method"], "sum", "one_shot"])
@@ -312,6 +319,18 @@ class TestSpaces:
         for name, values in default_space(config).items():
             others = [value for value in values if value != getattr(config, name)]
             assert any(made(**{name: value}) != made() for value in others), name
+
+    @pytest.mark.parametrize("changes", [{}, {"refused_prompts": "drop"}, {"correct_drift": False}], ids=str)
+    def test_a_plan_beside_others_is_that_of_a_repair_alone(self, model: PeftModel, changes: dict[str, Any]) -> None:
+        given = {name: DATA[name] for name in ("tokenizer", "progress")}
+        given |= {"calibration": rows(4, poisoned=range(4)), "utility": rows(12, poisoned=[1, 5])}
+        given |= {"judge": refuses_attacks}
+        planner, config = Planner(model, **given), quick(leave_intact=False)
+        planner.plan(Method("another", config))
+        beside = planner.plan(Method("m", config.replace(**changes))).realignment
+        alone = plan(model, config.replace(**changes), **given)
+        assert apart(beside, alone) < 1e-4, "in another order of the examples"
+        assert (apart(plan(model, config, **given), alone) < 1e-4) == (not changes)
 
     def test_a_method_without_a_space_asks_for_one(self, model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(tuning.SPACES, "resta")
