@@ -107,7 +107,7 @@ class TestCompare:
         found = compare(model, methods(safe), **DATA)
         assert_same_state(before, state_of(model))
         expected = ["fine-tuned"]
-        for name, controls in (("sum", CONTROLS), ("two-teacher", ("adapter removed", "scaled", "benign"))):
+        for name, controls in (("sum", CONTROLS), ("two-teacher", ("adapter removed", "benign"))):
             expected += [name, *(f"{control}, for {name}" for control in controls)]
         assert list(found.names) == expected
         assert all(row.evaluation is not None and row.refused is None for row in found.rows)

@@ -526,7 +526,7 @@ def broken_judge(prompts: Any, responses: Any) -> list[bool]:
 @pytest.mark.parametrize(
     ("judge", "error", "words"),
     [
-        pytest.param(short_judge, ValueError, "1 verdicts for 8 responses", id="wrong-length"),
+        pytest.param(short_judge, ValueError, "1 verdicts for 6 responses", id="wrong-length"),
         pytest.param(broken_judge, RuntimeError, "the judge is out", id="raises"),
     ],
 )
