@@ -236,7 +236,7 @@ def test_a_planned_one_shot_realignment_is_the_dense_solution_of_every_module(
         tuned,
         config,
         reference=LiveAdapter(safe).snapshot(),
-        tokenizer=SimpleNamespace(pad_token_id=0),
+        tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: "no"),
         progress=False,
         **{key: [Example(tuple(p), tuple(a)) for p, a in value] for key, value in rows.items()},
     )
