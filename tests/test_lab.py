@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -462,13 +462,16 @@ class TestStudy:
 
         from peft_nlsr.cli.demo import _study_tables, study_page
 
-        report = study.study_report(
-            [self.row(0, 0.2), self.row(1)], Lab(), {"seeds": 2, "poison": 0.05, "prompts": 10}
-        )
+        rows = [self.row(0, 0.2), self.row(1)]
+        rows += [replace(row, lineage="independent") for row in rows]
+        report = study.study_report(rows, Lab(), {"seeds": 2, "poison": 0.05, "prompts": 10})
         assert "1 of 2 seeds refused: no 1" in study_page(report)
         console = Console(width=80, file=io.StringIO())
         console.print(*_study_tables(report))
-        assert "m (1 of 2 refused)" in console.file.getvalue()
+        printed = console.file.getvalue()
+        for lineage in ("shared", "independent"):
+            assert f"hard task, {lineage} lineage; 5% poison, n=2x10; % (95%)" in printed
+        assert printed.count("m (1 of 2 refused)") == 2
 
 
 class TestAdapterShape:

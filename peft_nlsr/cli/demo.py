@@ -130,9 +130,9 @@ def _study_tables(report: dict[str, Any]) -> Iterator[Table]:
     from rich.table import Table
 
     settings = report["settings"]
-    said = f"{settings['poison']:.0%} poison, n={settings['seeds']}x{settings['prompts']}"
+    data = f"{settings['poison']:.0%} poison, n={settings['seeds']}x{settings['prompts']}"
     for (task, lineage), rows in _cells(report).items():
-        title = f"{task} task, {lineage} lineage; {said}; % (95%)"
+        title = f"{task} task, {lineage} lineage; {data}; % (95%)"
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("method", no_wrap=True)
         for name in ("harm", "benign", "task", "s"):
