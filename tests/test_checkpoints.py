@@ -546,5 +546,5 @@ def test_peak_memory_is_below_two_tensors_and_the_result(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     result = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     largest = rows * columns * 4
-    interpreter = 16 * 2**20  # what it allocates for itself differs from run to run; a third tensor would be 48 MiB
+    interpreter = 4 * 2**20  # what it allocates for itself meanwhile differs from run to run
     assert largest < int(done.stdout) < 2 * largest + result + interpreter

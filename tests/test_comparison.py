@@ -104,10 +104,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class TestCompare:
     def test_all_rows_are_there_and_the_model_is_as_it_was(self, model: PeftModel, safe: Any) -> None:
         before = state_of(model.train())
-        found = compare(model, methods(safe), **DATA)
+        asked = [methods(safe)[0], Method("two-teacher", quick(ridge=10.0))]  # changes less than removing the adapter
+        found = compare(model, asked, **DATA)
         assert_same_state(before, state_of(model))
         expected = ["fine-tuned"]
-        for name, controls in (("sum", CONTROLS), ("two-teacher", ("adapter removed", "benign"))):
+        for name, controls in (("sum", CONTROLS), ("two-teacher", ("adapter removed", "scaled", "benign"))):
             expected += [name, *(f"{control}, for {name}" for control in controls)]
         assert list(found.names) == expected
         assert all(row.evaluation is not None and row.refused is None for row in found.rows)
