@@ -222,7 +222,9 @@ def is_added_last(block: nn.Module, module: nn.Module, hidden: Tensor, arguments
     Args:
         mask: tokens that are not padding, one value each.
     """
-    before = run_until({"out": Place(module, True), "after": Place(block, True)}, block, hidden, arguments)
+    before = run_until(
+        {"out": Place(module, output=True), "after": Place(block, output=True)}, block, hidden, arguments
+    )
     shift = before["after"].flip(-1)  # as large as the result, so that rounding stays small beside it
     if before["out"].shape[-1] != shift.shape[-1] or before["out"].numel() != shift.numel():
         return False

@@ -39,7 +39,7 @@ class TeachingData:
     """Data of the two-teacher form and how it came about.
 
     Attributes:
-        safety: prompts with the answers that the repaired model should give, refusals marked.
+        safety: prompts with the answers that the repaired model should give; :func:`prepare_data` marks refusals.
         utility: the user's examples that stay.
         record: JSON values for the report: sources, counts, shares and the screened row indices.
         notes: sentences a user should read.

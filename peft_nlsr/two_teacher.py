@@ -146,11 +146,12 @@ class _Kind(NamedTuple):
 
 def _of_safety(safety: Sequence[Example], teacher: Factors, config: NLSRConfig) -> list[_Kind]:
     """The safety data in one or two kinds, as there are refusals among them; their weights add up to 1."""
-    corrected = [e for e in safety if e.refusal and config.correct_drift]
-    others = [e for e in safety if not (e.refusal and config.correct_drift)]
-    share = weight_of(corrected, config.decision_weight) / weight_of(safety, config.decision_weight)
-    kinds = (_Kind(corrected, teacher, share, corrects=True), _Kind(others, teacher, 1.0 - share, corrects=False))
-    return [kind for kind in kinds if kind.examples]
+    kinds: dict[bool, list[Example]] = {True: [], False: []}
+    for example in safety:
+        kinds[config.correct_drift and example.refusal is True].append(example)
+    weights = {corrects: weight_of(examples, config.decision_weight) for corrects, examples in kinds.items()}
+    total = sum(weights.values())
+    return [_Kind(kinds[c], teacher, weights[c] / total, c) for c in kinds if kinds[c]]
 
 
 def _made_from(
@@ -254,7 +255,7 @@ def _solve_block(run: _Run, index: int, step: _Step, current: Mapping[str, LowRa
     found: dict[str, Solved] = {}
     for group in step.groups:
         repaired = {**current, **{name: s.update for name, s in found.items()}}
-        found |= _solve_group(run, index, group, repaired, step.corrects if step.corrects in group.d_outs else None)
+        found |= _solve_group(run, index, group, repaired, step.corrects and group is step.groups[-1])
     return found
 
 
@@ -264,11 +265,11 @@ class _Step:
 
     Attributes:
         groups: LoRA modules that read the same tensor, in the order they run.
-        corrects: the last of them where it can make good what is left undone, see :func:`_undone`.
+        corrects: whether the last of them can make good what is left undone, see :func:`_undone`.
     """
 
     groups: list[Group]
-    corrects: str | None
+    corrects: bool
 
 
 def _steps(run: _Run, shares: Sequence[Share]) -> list[_Step]:
@@ -279,11 +280,11 @@ def _steps(run: _Run, shares: Sequence[Share]) -> list[_Step]:
     for index, block in enumerate(run.blocks):
         batch = run.streams[0].batch(0, index)
         modules = groups_of(block, names, hidden, batch.arguments)
-        last = modules[-1][-1] if modules and any(stream.corrects for stream in run.streams) else None
-        layer: Any = None if last is None else run.adapter.layers[last]
-        if layer is not None and not is_added_last(block, layer, hidden, batch.arguments, batch.weights > 0.0):
-            last = None
-        found.append(_Step([_group(run, group, shares) for group in modules], last))
+        corrects = bool(modules) and any(stream.corrects for stream in run.streams)
+        if corrects:
+            last: Any = run.adapter.layers[modules[-1][-1]]
+            corrects = is_added_last(block, last, hidden, batch.arguments, batch.weights > 0.0)
+        found.append(_Step([_group(run, group, shares) for group in modules], corrects))
         hidden = run_block(block, hidden, batch.arguments)
     return found
 
@@ -307,7 +308,7 @@ def _expect(run: _Run, steps: list[_Step], shares: Sequence[Share]) -> Estimate:
 
 
 def _solve_group(
-    run: _Run, index: int, group: Group, current: Mapping[str, LowRank], corrects: str | None
+    run: _Run, index: int, group: Group, current: Mapping[str, LowRank], corrects: bool
 ) -> dict[str, Solved]:
     """Collect the least-squares problem of one group of modules over all batches of all streams, and solve it."""
     solver, device = choose_solver(run.config.solver, group), run.streams[0].device
@@ -317,7 +318,8 @@ def _solve_group(
         else NormalEquations.zeros(group.d_in, group.d_outs, device, run.ranks)
     )
     for stream in run.streams:
-        reads = _Reading(run, run.blocks[index], list(group.d_outs), current, stream, corrects)
+        layers: dict[str, Any] = {name: run.adapter.layers[name] for name in group.d_outs}
+        reads = _Reading(run.adapter, run.blocks[index], layers, current, stream.teacher, corrects and stream.corrects)
         for batch in stream.batches(index):
             weights = (batch.drawn if solver in HELD else batch.weights).flatten()
             counted = weights > 0.0
@@ -331,40 +333,38 @@ class _Reading:
     """Reads what one group of modules gets, and what is wanted of it, from the batches of one stream.
 
     Attributes:
-        modules: of the group.
+        layers: of the group, in the order they run.
         current: module of the block -> update, as far as it is repaired.
-        corrects: the one of them that makes good what is left undone, if the stream asks for it.
+        teacher: whose outputs are wanted.
+        corrects: whether the last of the layers makes good what is left undone.
     """
 
-    run: _Run
+    adapter: LiveAdapter
     block: nn.Module
-    modules: list[str]
+    layers: dict[str, Any]
     current: Mapping[str, LowRank]
-    stream: Stream
-    corrects: str | None
+    teacher: Factors
+    corrects: bool
 
     def tokens(self, batch: Batch, counted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the tokens that count: the inputs in the repaired model, and per module what is wanted minus base."""
-        adapter, current = self.run.adapter, self.current
-        layers: dict[str, Any] = {name: adapter.layers[name] for name in self.modules}
-        outputs = {name: Place(layer, True) for name, layer in layers.items()}
-        corrected = {}
-        if self.corrects is not None and self.stream.corrects:
-            corrected = {self.corrects: outputs[self.corrects], _AFTER: Place(self.block, True)}
-        with playing(adapter, current, self.stream.teacher):
+        first, last = next(iter(self.layers)), next(reversed(self.layers))
+        outputs = {name: Place(layer, output=True) for name, layer in self.layers.items()}
+        inputs = {_INPUT: Place(self.layers[first], output=False)}
+        corrected = {last: outputs[last], _AFTER: Place(self.block, output=True)} if self.corrects else {}
+        with playing(self.adapter, self.current, self.teacher):
             taught = run_until(outputs | corrected, self.block, batch.taught, batch.arguments)
-        inputs = {_INPUT: Place(layers[self.modules[0]], False)}
-        with playing(adapter, current, current):
+        with playing(self.adapter, self.current, self.current):
             seen = run_until(inputs | corrected, self.block, batch.repaired, batch.arguments)
         x = seen[_INPUT]
         targets = {
             name: rows_of(taught[name], counted, name, instead=INSTEAD).float()
             - layer.base_layer(x).to(x.device).flatten(0, -2)[counted].float()
-            for name, layer in layers.items()
+            for name, layer in self.layers.items()
         }
-        if self.corrects is not None and corrected:
-            targets[self.corrects] += _undone(taught, seen, self.corrects, counted)
-        return rows_of(x, counted, self.modules[0], instead=INSTEAD), targets
+        if self.corrects:
+            targets[last] += _undone(taught, seen, last, counted)
+        return rows_of(x, counted, first, instead=INSTEAD), targets
 
 
 def _undone(taught: Mapping[str, Tensor], seen: Mapping[str, Tensor], module: str, counted: Tensor) -> Tensor:

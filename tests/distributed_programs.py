@@ -23,7 +23,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny import assert_same_state, quick, refuses_attacks, rows, state_of, word_tokenizer
+from tiny import apart, assert_same_state, quick, refuses_attacks, rows, state_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_nlsr import distributed, live_adapter
@@ -486,12 +486,6 @@ def solved(model: Any, ranks: Ranks, amount: tuple[int, int], work_dir: Path | N
     )
 
 
-def gap(found: Mapping[str, LowRank], expected: Mapping[str, LowRank]) -> float:
-    """The largest relative distance of two updates of one module."""
-    pairs = [(found[name].dense().double(), update.dense().double()) for name, update in expected.items()]
-    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
-
-
 @contextmanager
 def stopped(module: torch.nn.Module, on: int, after: int) -> Iterator[None]:
     """The module's pass raises on one rank, after so many."""
@@ -529,7 +523,7 @@ def shares(base: str, out: Path) -> None:
     for case, given in SHARED.items():
         together, alone = solved(model, ranks, **given), solved(model, ALONE, **given)
         told[case] = {
-            "gap": gap(together.updates, alone.updates),
+            "gap": apart(together.updates, alone.updates),
             "fingerprint": fingerprint(together.updates),
             "ranks": together.estimate["ranks"],
             "counts": [[s.estimate[key] for key in ("tokens", "counted", "kept")] for s in (together, alone)],
@@ -614,7 +608,7 @@ def realigned(base: str, ranks: Ranks) -> dict[str, Any]:
     by_first = plan(third, patchless, reference=stronger, progress=False, data_parallel=True)
     return {
         "realigned": {
-            "gap": gap(LiveAdapter(model), LiveAdapter(other)),
+            "gap": apart(LiveAdapter(model), LiveAdapter(other)),
             "fingerprint": fingerprint(LiveAdapter(model)),
             "record": model.nlsr_realignment.to_dict(),
             "alone": other.nlsr_realignment.to_dict(),

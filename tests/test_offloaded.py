@@ -276,7 +276,7 @@ class Elsewhere(torch.nn.Module):
 def test_what_a_block_on_another_device_computes_comes_back() -> None:
     with FakeTensorMode():
         block, hidden = Elsewhere(), torch.zeros(2, 3, 4, device="cuda:0")
-        seen = run_until({"x": Place(block, True)}, block, hidden, ((), {}))
+        seen = run_until({"x": Place(block, output=True)}, block, hidden, ((), {}))
     assert seen["x"].device == hidden.device
 
 

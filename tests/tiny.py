@@ -72,6 +72,12 @@ def factors_of(model: Any, adapter_name: str | None = None) -> dict[str, LowRank
     return {name: LowRank(u.A.clone(), u.B.clone(), u.scale) for name, u in opened.items()}
 
 
+def apart(found: Mapping[str, LowRank], expected: Mapping[str, LowRank]) -> float:
+    """The largest relative distance of two updates of one module."""
+    pairs = [(found[name].dense().double(), update.dense().double()) for name, update in expected.items()]
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
 def make_patch(reference: Mapping[str, LowRank], base_model: str | None = None, **settings: Any) -> SafetyPatch:
     """A safety patch from a reference's largest entries, which need no statistics."""
     source = Reference("adapter", reference, "the aligned adapter", base_model)
