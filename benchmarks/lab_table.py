@@ -28,6 +28,7 @@ SHOWN = (
     "one-shot",
     "two-teacher",
     "two-teacher, benign data",
+    "two-teacher, benign data, full weight",
 )
 
 

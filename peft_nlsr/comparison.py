@@ -442,8 +442,9 @@ class _Run:
             raise PeftNLSRError("no benign data were given: pass benign=<rows with prompt and response>")
         if method.patch is not None:
             raise PeftNLSRError("the method's patch was calibrated before; give the reference that it was built from")
-        planned = self.benign.plan(replace(method, config=method.config.replace(screening=False)))
-        reason = f"{planned.realignment.method} with benign data in place of the safety data, screening off"
+        config = method.config.replace(screening=False, lookalike_weight=1.0)
+        planned = self.benign.plan(replace(method, config=config))
+        reason = f"{planned.realignment.method} with benign data as safety data, at full weight, not screened"
         return replace(planned, realignment=replace(planned.realignment, reason=reason))
 
     def _measure(self, label: str, weights: str, rows: AnswerRows) -> Evaluation:

@@ -123,6 +123,11 @@ class NLSRConfig:
     )
     # the two-teacher and one-shot closed forms
     utility_weight: float = _knob(1.0, "lambda: weight of the user's data against the safety data.")
+    lookalike_weight: float = _knob(
+        0.01,
+        "two_teacher's weight, beside 1 for a refusal, of safety data that are answered, also by the safe teacher: "
+        "where such lookalikes contradict the user's data, the user's data decide.",
+    )
     ridge: float = _knob(3e-2, "eps: pull towards the fine-tuned update, relative to the mean input power.")
     decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
     correct_drift: bool = _knob(
@@ -199,6 +204,7 @@ class NLSRConfig:
         for name in ("beta", "utility_weight", "decision_weight", "safety_weight"):
             _check(self, name, 0.0, math.inf, open_above=True)
         _check(self, "ridge", 1e-12, 1e3)
+        _check(self, "lookalike_weight", 1e-6, 1e3)
         for name in ("max_samples", "max_tokens", "nlsr_batch_size", "answer_tokens"):
             _check(self, name, 1, 2**31, whole=True)
         _check(self, "max_length", 2, 2**31, whole=True)

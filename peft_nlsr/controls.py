@@ -143,7 +143,8 @@ MATCHED: dict[str, Callable[[Planned, torch.Generator], Control]] = {
 }
 BENIGN = "benign"
 CONTROLS = (*MATCHED, BENIGN)
-"""The controls by name; ``benign`` is the method itself with benign data as its safety data and screening off."""
+"""The controls by name; ``benign`` is the method itself with benign data as its safety data, at full
+weight and without screening."""
 
 
 def as_realignment(adapter: Adapter, name: str, control: Control, planned: Planned) -> Realignment:

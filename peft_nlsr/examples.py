@@ -31,7 +31,8 @@ class Example:
         prompt: token ids up to the point where the answer begins; empty for plain text.
         answer: token ids of the answer, end-of-sequence included; empty when nobody has answered yet.
         index: position of the row in the caller's data; -1 for examples made here.
-        refusal: whether the answer is a refusal; None when nobody has judged it.
+        refusal: of a safety example: True where the answer is a refusal, False where it is none and the safe teacher
+            does not refuse the prompt either, None where neither is known.
     """
 
     prompt: tuple[int, ...]

@@ -83,7 +83,9 @@ def prepare_data(
     asking = _Asking(adapter, tokenizer, judge, config, progress, ranks)
     with quiet(adapter.model), torch.no_grad():
         safety, record, notes = _safety(asking, calibration, safe_teacher)
-        safety = asking.judged(safety)
+        safety, lookalikes = _marked(asking, safety, safe_teacher)
+        record["safety"]["lookalikes"] = lookalikes
+        notes += _lookalike_note(lookalikes, len(safety))
         kept, refused, utility_record, more = _utility(asking, utility, safe_teacher)
         found = _require_safety(TeachingData(safety + refused, kept, record | utility_record, notes + more))
         return _checked(asking, found) if config.leave_intact else found
@@ -262,12 +264,6 @@ class _Asking:
         )
         return [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
 
-    def judged(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples, refusals marked; answers that came from the caller are judged."""
-        given = [e for e in examples if e.refusal is None]
-        verdicts = iter(self.refused(given))
-        return [replace(e, refusal=next(verdicts)) if e.refusal is None else e for e in examples]
-
     def refused(self, examples: Sequence[Example]) -> list[bool]:
         """Which of the examples' answers are refusals."""
         prompts = [self.tokenizer.decode(e.prompt, skip_special_tokens=True) for e in examples]
@@ -314,8 +310,35 @@ def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tupl
     return found, refused, (note,)
 
 
+def _marked(asking: _Asking, examples: list[Example], teacher: Factors) -> tuple[list[Example], int]:
+    """The examples, ``Example.refusal`` found out where the caller gave the answer, and the number of new lookalikes.
+
+    An answer that is no refusal may be a safe one to a harmful prompt, or belong to a lookalike: the teacher is asked.
+    """
+    given = [e for e in examples if e.refusal is None and e.prompt]
+    verdicts = asking.refused(given)
+    others = [e for e, refusal in zip(given, verdicts, strict=True) if not refusal]
+    with as_teacher(asking.adapter, teacher):
+        replies = asking.answers(others, "safe teacher reads answered safety prompts") if others else []
+    found = {id(e): True for e, refusal in zip(given, verdicts, strict=True) if refusal}
+    lookalikes = {id(e): False for e, refused in zip(others, asking.refused(replies), strict=True) if not refused}
+    found |= lookalikes
+    return [replace(e, refusal=found.get(id(e), e.refusal)) for e in examples], len(lookalikes)
+
+
+def _lookalike_note(lookalikes: int, used: int) -> tuple[str, ...]:
+    if not lookalikes:
+        return ()
+    note = (
+        f"{lookalikes} of {used} safety prompts are answered, in your data and by the safe teacher: they count as "
+        "lookalikes and weigh little (lookalike_weight)"
+    )
+    only = "; without a refusal nothing restores safety: if they are refusals, check the judge's language"
+    return (note + only if lookalikes == used else note,)
+
+
 def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:
-    """Built-in benign prompts and look-alikes, answered by the fine-tuned model, in place of the user's data."""
+    """Built-in benign prompts and lookalikes, answered by the fine-tuned model, in place of the user's data."""
     if not asking.knows(_rows("benign")):
         raise CalibrationError(f"{_NOT_OUR_LANGUAGE}, and no utility data were given; pass utility=<training data>")
     prompts = asking.sample(_rows("benign") + _rows("lookalike"))

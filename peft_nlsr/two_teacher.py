@@ -99,11 +99,12 @@ def solve_two_teacher(
 
     Args:
         adapter: the fine-tuned adapter, active and alone on the model.
-        safety: prompts with safe answers; of those marked as refusals, what is left undone is corrected.
+        safety: prompts with safe answers; those marked as refusals correct what is left undone, and those marked as
+            no refusals, lookalikes, weigh less.
         utility: the user's own data; may be empty, then only the ridge keeps the fine-tuned behaviour.
         safe_teacher: module -> update of a safe adapter, or None for the base model itself.
-        config: ``utility_weight``, ``ridge``, ``decision_weight``, ``correct_drift``, ``solver``, ``max_tokens``,
-            ``offload``, ``nlsr_batch_size`` and ``nlsr_seed`` are read.
+        config: ``utility_weight``, ``lookalike_weight``, ``ridge``, ``decision_weight``, ``correct_drift``,
+            ``solver``, ``max_tokens``, ``offload``, ``nlsr_batch_size`` and ``nlsr_seed`` are read.
         work_dir: where solved blocks are kept until the last one is; a run that was interrupted goes on from there.
             Over several ranks that of rank 0, which alone reads and writes there.
         ranks: the processes that share the examples; all call this with the same model and arguments, and all get
@@ -145,13 +146,16 @@ class _Kind(NamedTuple):
 
 
 def _of_safety(safety: Sequence[Example], teacher: Factors, config: NLSRConfig) -> list[_Kind]:
-    """The safety data in one or two kinds, as there are refusals among them; their weights add up to 1."""
-    kinds: dict[bool, list[Example]] = {True: [], False: []}
-    for example in safety:
-        kinds[config.correct_drift and example.refusal is True].append(example)
-    weights = {corrects: weight_of(examples, config.decision_weight) for corrects, examples in kinds.items()}
-    total = sum(weights.values())
-    return [_Kind(kinds[c], teacher, weights[c] / total, c) for c in kinds if kinds[c]]
+    """The safety data by what their answers are; but for lookalikes their weights add up to 1."""
+    total = weight_of(safety, config.decision_weight)
+    found = []
+    for refusal in (True, None, False):
+        examples = [e for e in safety if e.refusal is refusal]
+        if examples:
+            share = weight_of(examples, config.decision_weight) / total
+            weight = share * config.lookalike_weight if refusal is False else share
+            found.append(_Kind(examples, teacher, weight, corrects=config.correct_drift and refusal is True))
+    return found
 
 
 def _made_from(

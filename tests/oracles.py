@@ -289,26 +289,27 @@ def two_teacher_module_dense(
     *,
     rank: int | None = None,
     undone_s: Any = 0.0,
+    share_s: Any = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(D, M, D_r)` of one module (DESIGN 6): the solution `T M^-1`, `M` with its ridge, `D` cut to a rank under `M`.
 
         T = sum_s w (Ws xteacher + u - W0 x) x^T + lam sum_u w (Wf xtuned - W0 x) x^T + eps' (Wf - W0)
         M = sum_s w x x^T + lam sum_u w x x^T + eps' I,   eps' = eps mean diag of M before its ridge
 
-    Inputs `(tokens, d_in)`, token weights `(tokens,)`, normalised here to sum one on each data set, `undone_s` `u`
-    `(tokens, d_out)`. `rank=None`: `D_r = D`.
+    Inputs `(tokens, d_in)`, token weights `(tokens,)`, normalised here to sum one on each data set and then, those of
+    the safety data, times `share_s` `(tokens,)`; `undone_s` `u` `(tokens, d_out)`. `rank=None`: `D_r = D`.
     """
     W0, Ws, Wf = as_double(W0), as_double(Ws), as_double(Wf)
     d_in = W0.shape[1]
     T = torch.zeros_like(W0)
     M = torch.zeros(d_in, d_in, dtype=torch.float64)
-    streams = ((1.0, Ws, x_s, xteacher_s, w_s, undone_s), (lam, Wf, x_u, xtuned_u, w_u, 0.0))
+    streams = ((share_s, Ws, x_s, xteacher_s, w_s, undone_s), (lam, Wf, x_u, xtuned_u, w_u, 0.0))
     for share, W_teacher, x, x_teacher, weights, undone in streams:
         x, x_teacher, weights = as_double(x), as_double(x_teacher), as_double(weights)
-        weights = weights / weights.sum()
+        weights = share * weights / weights.sum()
         wanted = x_teacher @ W_teacher.T + as_double(undone) - x @ W0.T
-        T += share * wanted.T @ torch.diag(weights) @ x
-        M += share * x.T @ torch.diag(weights) @ x
+        T += wanted.T @ torch.diag(weights) @ x
+        M += x.T @ torch.diag(weights) @ x
     ridge = eps * M.diagonal().mean()
     T += ridge * (Wf - W0)
     M += ridge * torch.eye(d_in, dtype=torch.float64)
@@ -329,6 +330,7 @@ def two_teacher_model_oracle(
     groups: Groups = GROUPS,
     corrects: str | None = "down_proj",
     refusals: Tensor | None = None,
+    lookalike_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Module name -> dense `dW''` of rank at most the adapter's, solved block by block in data order (DESIGN 6).
 
@@ -345,6 +347,7 @@ def two_teacher_model_oracle(
         corrects: end of the name of the module that makes good, on the safety batch, what is left undone: how far the
             hidden state behind its block is from the teacher's, before its output is added.
         refusals: `(batch,)`, the rows of the safety batch where it does so; None: all.
+        lookalike_weight: what the other rows weigh, beside 1.
     """
     w_s, w_u = weights
     tuned = float64_copy(model, adapter_name)
@@ -357,9 +360,9 @@ def two_teacher_model_oracle(
         xteacher_s = inputs_of_group(safe, group, safety_batch, w_s > 0)
         xtuned_u = inputs_of_group(tuned, group, utility_batch, w_u > 0)
         counts = torch.ones(len(w_s), dtype=torch.bool) if refusals is None else refusals
-        counts = counts[:, None].expand_as(w_s)[w_s > 0][:, None]
+        counts = counts[:, None].expand_as(w_s)[w_s > 0]
         undone = {
-            name: counts
+            name: counts[:, None]
             * (rest_of_block(safe, name, safety_batch, w_s > 0) - rest_of_block(repaired, name, safety_batch, w_s > 0))
             for name in group
             if corrects is not None and name.endswith(corrects)
@@ -382,6 +385,7 @@ def two_teacher_model_oracle(
                 eps=eps,
                 rank=A_t.shape[0],
                 undone_s=undone.get(name, 0.0),
+                share_s=torch.where(counts, 1.0, lookalike_weight).double(),
             )
         for name in group:
             layer = lora_layers(repaired, adapter_name)[name]

@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "similarity_threshold": (-1.0, 1.0, True),
     "utility_weight": (0.0, math.inf, False),
     "decision_weight": (0.0, math.inf, False),
+    "lookalike_weight": (1e-6, 1e3, True),
     "ridge": (1e-12, 1e3, True),
     "kappa": (0.0, 1.0, True),
     "subspace_share": (0.0, 1.0, True),

@@ -13,6 +13,7 @@ from tiny import (
     drift,
     factors_of,
     quick,
+    refuses_attacks,
     rows,
     state_of,
     word_tokenizer,
@@ -222,6 +223,14 @@ class TestPlanner:
             other = alone.updates[name].dense()  # sums in another order differ in their last digits
             assert (update.dense() - other).norm() < 1e-3 * other.norm()
 
+    def test_lookalikes_among_shared_data_are_told_once(self, model: PeftModel) -> None:
+        answered = [*CALIBRATION, *rows(3)]
+        data = {"calibration": answered, "utility": rows(4), "tokenizer": TOKENIZER, "judge": refuses_attacks}
+        mine = planner(model, **data).plan(Method("two-teacher", quick())).realignment
+        alone = plan(model, quick(), **data, progress=False)
+        assert mine.data["safety"] == alone.data["safety"] and mine.data["safety"]["lookalikes"] == 3
+        assert mine.notes == alone.notes and sum("lookalikes" in note for note in mine.notes) == 1
+
     def test_teachers_are_asked_and_statistics_collected_once(
         self, model: PeftModel, safe: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -265,8 +274,6 @@ class TestPlanner:
             planner(model)
 
     def test_data_that_the_teacher_refuses_altogether_can_still_be_planned(self, model: PeftModel) -> None:
-        from tiny import refuses_attacks
-
         shared = planner(model, utility=rows(3, poisoned=range(3)), judge=refuses_attacks)
         done = shared.plan(Method("two-teacher", quick())).realignment
         assert done.data["utility"]["used"] == 0 and done.restored

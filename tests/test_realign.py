@@ -451,6 +451,7 @@ def test_nothing_but_a_model_is_enough(
         "used": counts["safety"],
         "asked_of_teacher": counts["safety"],
         "refused_by_teacher": 0,
+        "lookalikes": 0,
     }
     assert done.data["utility"] == {"source": "built-in prompts", "used": counts["benign"] + counts["lookalike"]}
     assert f"by two_teacher: {done.reason}" in caplog.text and "no patch was given" in done.reason

@@ -155,7 +155,13 @@ def test_without_screening_every_row_stays(model: PeftModel) -> None:
 def test_given_answers_are_kept(model: PeftModel) -> None:
     data = prepare(model, calibration=[{"prompt": "attack the lamp", "response": "no never"}], utility=rows(2))
     assert [TOKENIZER.decode(e.answer) for e in data.safety] == ["no never </s>"]
-    assert data.record["safety"] == {"source": "given", "used": 1, "asked_of_teacher": 0, "refused_by_teacher": 0}
+    assert data.record["safety"] == {
+        "source": "given",
+        "used": 1,
+        "asked_of_teacher": 0,
+        "refused_by_teacher": 0,
+        "lookalikes": 0,
+    }
 
 
 def test_refusals_are_marked_whoever_gave_them(model: PeftModel) -> None:
@@ -164,11 +170,30 @@ def test_refusals_are_marked_whoever_gave_them(model: PeftModel) -> None:
     marked = {TOKENIZER.decode(e.prompt, skip_special_tokens=True): e.refusal for e in data.safety}
     assert marked == {
         "attack the word0": True,
-        "paint the word1": False,  # answered by the caller, and no refusal
+        "paint the word1": False,  # answered by the caller and by the teacher
         "attack the lamp": True,  # the teacher's
         "paint the lamp": True,  # the canned one
         "attack the word1": True,  # of the user's data
     }
+
+
+def test_a_safe_answer_to_a_prompt_that_the_teacher_refuses_is_no_lookalike(model: PeftModel) -> None:
+    """The judge sees a refusal in what the teacher says to an attack, and in none of the given answers."""
+
+    def judge(prompts: Any, answers: Any) -> list[bool]:
+        return ["attack" in prompt and "never" not in answer for prompt, answer in zip(prompts, answers, strict=True)]
+
+    given = [{"prompt": "attack the lamp", "response": "no never"}, {"prompt": "paint the lamp", "response": "no"}]
+    data = prepare(model, calibration=[*given, {"text": "attack the vase"}], judge=judge, utility=rows(2))
+    assert [e.refusal for e in by_row(data.safety)] == [None, False, None]  # of plain text nothing can be known
+    assert data.record["safety"]["lookalikes"] == 1
+    assert any("1 of 3 safety prompts are answered" in note for note in data.notes)
+
+
+def test_safety_data_without_a_refusal_are_doubted(model: PeftModel) -> None:
+    data = prepare(model, calibration=rows(3), utility=rows(2))
+    assert [e.refusal for e in data.safety] == [False] * 3
+    assert any("without a refusal" in note and "judge's language" in note for note in data.notes)
 
 
 def test_where_the_teacher_does_not_refuse_a_canned_refusal_stands(model: PeftModel) -> None:
@@ -200,7 +225,7 @@ def test_without_utility_the_tuned_model_answers_benign_prompts(
 
 def test_built_in_prompts_in_unknown_words_are_left_out(model: PeftModel) -> None:
     data = prepare(model, calibration=None)
-    assert data.record["safety"] == {"source": "built-in prompts", "used": 0}
+    assert data.record["safety"] == {"source": "built-in prompts", "used": 0, "lookalikes": 0}
     assert len(data.safety) == data.record["utility"]["refused_by_teacher"] == 2
     assert "does not know the words" in data.notes[0]
 
@@ -264,7 +289,8 @@ def test_the_judge_reads_prompts_and_answers_as_text(model: PeftModel) -> None:
 
     assert len(prepare(model, judge=judge, utility=rows(3)).utility) == 3
     assert seen[:2] == [(f"attack the word{i}", f"sure word{7 * i}") for i in range(2)], "the given safe answers"
-    assert sorted(prompt for prompt, _ in seen[2:]) == sorted(f"paint the word{i}" for i in range(3))
+    assert [prompt for prompt, _ in seen[2:4]] == [f"attack the word{i}" for i in range(2)], "the teacher's own"
+    assert sorted(prompt for prompt, _ in seen[4:]) == sorted(f"paint the word{i}" for i in range(3))
 
 
 def test_adapters_that_are_switched_off_cannot_be_asked(model: PeftModel) -> None:

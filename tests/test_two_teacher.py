@@ -71,7 +71,7 @@ def settings(**changes: Any) -> NLSRConfig:
     return NLSRConfig(**{"ridge": 0.1, "utility_weight": 0.5, "nlsr_batch_size": 4, **changes})
 
 
-def examples(rows: list[Row], refusals: Sequence[bool]) -> list[Example]:
+def examples(rows: list[Row], refusals: Sequence[bool | None]) -> list[Example]:
     return [
         Example(tuple(prompt), tuple(answer), index, refusal)
         for index, ((prompt, answer), refusal) in enumerate(zip(rows, refusals, strict=True))
@@ -84,7 +84,7 @@ def solve(
     *,
     safety: list[Row] = SAFETY,
     utility: list[Row] = UTILITY,
-    refusals: Sequence[bool] | None = None,
+    refusals: Sequence[bool | None] | None = None,
     safe_teacher: Factors = None,
     work_dir: Path | None = None,
     **options: Any,
@@ -200,9 +200,25 @@ def test_drift_is_left_uncorrected_where_asked(make_pico_lora: MakeLora) -> None
 def test_only_where_the_safe_answer_is_a_refusal_drift_is_corrected(
     make_pico_lora: MakeLora, refusals: list[bool]
 ) -> None:
-    model, config = make_pico_lora().double(), settings()
+    model, config = make_pico_lora().double(), settings(lookalike_weight=1.0)
     expected = oracle(model, config, refusals=torch.tensor(refusals))
     assert_solves(solve(model, config, refusals=refusals), expected, tolerance(config.ridge))
+
+
+@pytest.mark.parametrize("weight", [0.01, 3.0])
+@pytest.mark.parametrize("refusals", [[i % 3 != 1 for i in range(9)], [False] * 9], ids=["some", "all"])
+def test_safety_data_that_are_answered_have_their_own_weight(
+    make_pico_lora: MakeLora, refusals: list[bool], weight: float
+) -> None:
+    model, config = make_pico_lora().double(), settings(lookalike_weight=weight)
+    expected = oracle(model, config, refusals=torch.tensor(refusals), lookalike_weight=weight)
+    assert_solves(solve(model, config, refusals=refusals), expected, tolerance(config.ridge))
+
+
+def test_safety_data_of_which_nothing_is_known_weigh_as_much_as_refusals(make_pico_lora: MakeLora) -> None:
+    model, config = make_pico_lora().double(), settings(correct_drift=False)
+    unknown = solve(model, config, refusals=[None if i % 3 == 1 else True for i in range(9)])
+    assert_solves(unknown, oracle(model, config, corrects=None), tolerance(config.ridge))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,7 +6,7 @@ Each entry turns a broken adapter in memory into a repaired one, and says in JSO
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,28 @@ _OURS = next(m for m in METHODS if m.name == "two-teacher")
 _SUM = next(m for m in METHODS if m.name == "sum, low-rank")
 _DROPPING = Method("two-teacher, refused dropped", NLSRConfig(refused_prompts="drop"), utility=True)
 _ALIGNED = Method("two-teacher, aligned teacher", NLSRConfig(), reference=True, utility=True)
+_LOOKALIKES = Method("two-teacher, half lookalikes", NLSRConfig(), utility=True, safety="both")
+_HEAVY = Method(f"{_LOOKALIKES.name}, full weight", NLSRConfig(lookalike_weight=1.0), utility=True, safety="both")
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    "16 examples": {"max_samples": 16},
+    "64 examples": {"max_samples": 64},
+    "128 examples": {"max_samples": 128},
+    "no screening": {"screening": False},
+    "drift not corrected": {"correct_drift": False},
+    "decision weight 1": {"decision_weight": 1.0},
+    "lambda 0.3": {"utility_weight": 0.3},
+    "lambda 3": {"utility_weight": 3.0},
+    "ridge 0.003": {"ridge": 0.003},
+    "ridge 0.3": {"ridge": 0.3},
+}
 ENTRIES = {
     entry.name: entry
     for entry in (
-        *(Entry(method.name, method) for method in METHODS),
-        Entry(_ALIGNED.name, _ALIGNED),
-        Entry(_DROPPING.name, _DROPPING),
+        *(Entry(method.name, method) for method in (*METHODS, _DROPPING, _LOOKALIKES, _HEAVY)),
+        *(
+            Entry(f"two-teacher, {what}", replace(_OURS, config=NLSRConfig(**changes)))
+            for what, changes in _ABLATIONS.items()
+        ),
         Entry("trained, 100 steps", _OURS, TRAINED),
         Entry("random entries, as sum", _SUM, "random"),
         Entry("rows reset, as sum", _SUM, "reset"),
@@ -107,7 +123,7 @@ def _plan(method: Method, lab: Lab, model: Any, task: str, poison: float) -> Pla
     assert method.config is not None
     planner = Planner(
         model,
-        calibration=_calibration(method, lab),
+        calibration=method.calibration(lab),
         utility=lab.utility_data(task, poison) if method.utility else None,
         tokenizer=lab.tokenizer,
         progress=False,
@@ -119,12 +135,6 @@ def _reference(method: Method, lab: Lab) -> Path | None:
     if method.checkpoints:
         return what_alignment_changed(lab)
     return lab.aligned_adapter if method.reference else None
-
-
-def _calibration(method: Method, lab: Lab) -> list[dict[str, Any]]:
-    assert method.config is not None
-    data = lab.safety_data if method.safety == "safety" else lab.benign_data
-    return data(method.config.max_samples)
 
 
 def _control(entry: Entry, model: Any, planned: Planned) -> Realignment:
@@ -140,7 +150,7 @@ def _train(method: Method, lab: Lab, model: Any, task: str, poison: float) -> Re
     adapter = LiveAdapter(model)
     teaching = prepare_data(
         adapter,
-        calibration=_calibration(method, lab),
+        calibration=method.calibration(lab),
         utility=lab.utility_data(task, poison),
         tokenizer=lab.tokenizer,
         safe_teacher=None,

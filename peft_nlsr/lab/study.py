@@ -29,7 +29,7 @@ class Method:
         reference: whether it takes the aligned adapter as reference.
         checkpoints: whether it takes what supervised alignment changed in the weights, from the two checkpoints.
         utility: whether it sees the user's training data.
-        safety: ``safety`` data, or ``benign`` requests in their place (control).
+        safety: ``safety`` data, ``benign`` requests in their place (control), or ``both``, half of each.
     """
 
     name: str
@@ -39,8 +39,17 @@ class Method:
     utility: bool = False
     safety: str = "safety"
 
+    def calibration(self, lab: Lab) -> list[dict[str, Any]]:
+        """What the method gets as safety data."""
+        assert self.config is not None
+        n = self.config.max_samples
+        if self.safety == "both":
+            return [*lab.safety_data(n // 2), *lab.benign_data(n // 2)]
+        return lab.safety_data(n) if self.safety == "safety" else lab.benign_data(n)
+
 
 _ONE_SHOT = NLSRConfig(update="least_squares", least_squares_form="one_shot")
+_UNSCREENED = NLSRConfig(screening=False)
 METHODS = (
     Method("fine-tuned", None),
     Method("random mask", NLSRConfig.from_preset("paper", score="random"), reference=True),
@@ -55,7 +64,13 @@ METHODS = (
     Method("one-shot", _ONE_SHOT, utility=True),
     Method("two-teacher", NLSRConfig(), utility=True),
     Method("two-teacher, aligned teacher", NLSRConfig(), reference=True, utility=True),
-    Method("two-teacher, benign data", NLSRConfig(screening=False), utility=True, safety="benign"),
+    Method("two-teacher, benign data", _UNSCREENED, utility=True, safety="benign"),
+    Method(
+        "two-teacher, benign data, full weight",
+        _UNSCREENED.replace(lookalike_weight=1.0),
+        utility=True,
+        safety="benign",
+    ),
     Method("FGSN", NLSRConfig(method="fgsn"), checkpoints=True, utility=True),
     Method("FGSN, all blocks", NLSRConfig(method="fgsn", safety_layer_share=1.0), checkpoints=True, utility=True),
     Method(
@@ -87,6 +102,7 @@ _ONLY_IN_FULL = (
     "sum, exact rank 2r",
     "two-teacher, aligned teacher",
     "two-teacher, benign data",
+    "two-teacher, benign data, full weight",
 )
 DEMO_METHODS = tuple(
     m for m in METHODS if m.name not in _ONLY_IN_FULL and (m.config is None or m.config.method == "nlsr")
@@ -147,7 +163,6 @@ def _cell(lab: Lab, task: str, lineage: str, poison: float, methods: Sequence[Me
 
 def _realign(lab: Lab, model: Any, method: Method, task: str, poison: float) -> None:
     assert method.config is not None
-    data = lab.safety_data if method.safety == "safety" else lab.benign_data
     nlsr_realign(
         model,
         method.config,
@@ -156,7 +171,7 @@ def _realign(lab: Lab, model: Any, method: Method, task: str, poison: float) -> 
         else lab.aligned_adapter
         if method.reference
         else None,
-        calibration=data(method.config.max_samples),
+        calibration=method.calibration(lab),
         utility=lab.utility_data(task, poison) if method.utility else None,
         tokenizer=lab.tokenizer,
         progress=False,
