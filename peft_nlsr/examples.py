@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -9,9 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from .config import NLSRConfig
 from .errors import CalibrationError, PeftNLSRError
+
+logger = logging.getLogger(__name__)
 
 ACCEPTED = (
     "{'prompt', 'response'} or {'prompt', 'completion'} (text or chat messages), {'messages'}, {'text'}, tokenised "
@@ -53,27 +58,52 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
         data: a list, ``datasets.Dataset``, data loader or other iterable of rows; see the error text for their forms.
         tokenizer: its chat template is used when it has one; None is fine for data that are tokenised already.
         limit: data with a length are sampled with ``seed``; of the others the first ``limit`` are taken.
-        max_length: longer examples are cut on the right.
+        max_length: longer examples are cut on the right. Where the cut falls into the prompt nothing can be asked, so
+            that what is left counts as plain text; a warning says how many there are. Completions with
+            ``label=False`` (KTO) are not wanted and are left out, with a warning too.
 
     Raises:
         CalibrationError: no rows, no usable tokens, or a row of unknown form.
     """
     found: list[Example] = []
+    cut, unwanted = 0, 0
     for index, row in _rows(data, limit, seed):
-        for example in _examples_of(row, tokenizer, index):
-            cut = replace(
-                example,
-                prompt=example.prompt[:max_length],
-                answer=example.answer[: max(0, max_length - len(example.prompt))],
-                index=index if example.index < 0 else example.index,
-            )
-            if cut.tokens:
-                found.append(cut)
+        if _is_unwanted(row):
+            unwanted += 1
+            continue
+        read = [e for e in _examples_of(row, tokenizer, index) if e.tokens]
+        cut += sum(len(e.prompt) > max_length for e in read)
+        found += [_shortened(e, max_length, index) for e in read]
         if len(found) >= limit:
             break
+    _warn_of(cut, unwanted, max_length)
     if not found:
         raise CalibrationError(f"the data hold no examples with tokens; give an iterable of {ACCEPTED}")
     return found[:limit]
+
+
+def _warn_of(cut: int, unwanted: int, max_length: int) -> None:
+    if cut:
+        logger.warning(
+            "%d examples have prompts longer than max_length=%d: they count as plain text and are not asked; raise "
+            "max_length to use them",
+            *(cut, max_length),
+        )
+    if unwanted:
+        logger.warning("%d completions with label=False are not what the model should say: left out", unwanted)
+
+
+def _shortened(example: Example, length: int, index: int) -> Example:
+    place = index if example.index < 0 else example.index
+    if len(example.prompt) > length:
+        return replace(example, prompt=(), answer=example.prompt[:length], index=place)
+    return replace(example, answer=example.answer[: length - len(example.prompt)], index=place)
+
+
+def _is_unwanted(row: Any) -> bool:
+    """Whether a row is a completion that unpaired preference data (KTO) mark as undesirable."""
+    completes = isinstance(row, Mapping) and any(key in row for key in ("completion", "completion_ids"))
+    return completes and isinstance(row.get("label"), bool) and not row["label"]
 
 
 def sample(data: Iterable[Any], tokenizer: Any, config: NLSRConfig, *, times: int = 1) -> list[Example]:
@@ -86,11 +116,26 @@ def sample(data: Iterable[Any], tokenizer: Any, config: NLSRConfig, *, times: in
 def _rows(data: Iterable[Any], limit: int, seed: int) -> Iterator[tuple[int, Any]]:
     if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise CalibrationError(f"the data are a single {type(data).__name__}; give an iterable of {ACCEPTED}")
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if _has_positions(data):
         sized: Any = data
         order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(seed)).tolist()
-        return ((i, sized[i]) for i in order)
+        return ((i, _at(sized, i)) for i in order)
     return ((i, row) for i, row in enumerate(islice(data, limit)))
+
+
+def _has_positions(data: Any) -> bool:
+    """Whether rows can be taken by position; torch gives iterable datasets a ``__getitem__`` that only raises."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
+
+
+def _at(data: Any, position: int) -> Any:
+    try:
+        return data[position]
+    except KeyError as error:
+        raise CalibrationError(
+            f"a {type(data).__name__} has no row {position} by position; give a list of rows, of a data frame "
+            "df.to_dict('records')"
+        ) from error
 
 
 def _examples_of(row: Any, tokenizer: Any, index: int) -> list[Example]:
@@ -108,6 +153,7 @@ def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
         return
     if not isinstance(row, Mapping):
         raise CalibrationError(f"row {index} is a {type(row).__name__}, expected one of {ACCEPTED}")
+    row = {key: value for key, value in row.items() if value is not None}  # as joined data sets fill their gaps
     if "prompt_ids" in row:
         answer = next((row[key] for key in ("completion_ids", "chosen_ids") if key in row), ())
         yield Example(tuple(row["prompt_ids"]), tuple(answer))
@@ -119,14 +165,16 @@ def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
         raise PeftNLSRError("text data need a tokenizer: pass tokenizer=... or give tokenised rows")
     answer = next((row[key] for key in ("response", "completion", "chosen") if key in row), None)
     if "messages" in row:
-        yield _from_chat(list(row["messages"]), tokenizer)
+        yield _from_chat(list(row["messages"]), tokenizer, _template_options(row))
     elif "prompt" in row:
-        yield _from_chat(_messages(row["prompt"], "user") + _messages(answer, "assistant"), tokenizer)
+        turns = _messages(row["prompt"], "user") + _messages(answer, "assistant")
+        yield _from_chat(turns, tokenizer, _template_options(row))
     elif "text" in row:
         ids = tuple(tokenizer(row["text"])["input_ids"])
         yield _split_at_answer(ids, list(range(len(ids))), answer_marker(tokenizer))
     else:
-        raise CalibrationError(f"row {index} has the keys {sorted(map(str, row))}, expected one of {ACCEPTED}")
+        held = f"the keys {sorted(map(str, row))}" if row else "no values"
+        raise CalibrationError(f"row {index} has {held}, expected one of {ACCEPTED}")
 
 
 def _messages(content: Any, role: str) -> list[dict[str, str]]:
@@ -135,32 +183,41 @@ def _messages(content: Any, role: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _from_chat(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives to the chat template besides its turns, in the columns that TRL reads."""
+    tools = row.get("tools")
+    options = {} if tools is None else {"tools": json.loads(tools) if isinstance(tools, str) else list(tools)}
+    return {**options, **row.get("chat_template_kwargs", {})}
+
+
+def _from_chat(messages: list[dict[str, str]], tokenizer: Any, options: dict[str, Any]) -> Example:
     """Prompt = everything before the last assistant turn; the answer is what the template adds for that turn."""
     if not messages:
         raise ValueError("it is an empty conversation")
-    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    answered = messages[-1]["role"] == "assistant"
     before = messages[:-1] if answered else messages
     if not getattr(tokenizer, "chat_template", None):
+        if options:
+            raise ValueError(f"the tokenizer has no chat template that would read {', '.join(options)}")
         prompt = "\n".join(m["content"] for m in before)
         head = _without_end(tokenizer(prompt)["input_ids"], tokenizer)
         tail = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] if answered else []
         end = [tokenizer.eos_token_id] if answered and tokenizer.eos_token_id is not None else []
         return Example(tuple(head), tuple(tail + end))
-    prompt = _rendered(before, tokenizer, asking=True)
+    prompt = _rendered(before, tokenizer, options, asking=True)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not answered:
         return Example(tuple(head), ())
-    whole = _rendered(messages, tokenizer, asking=False)
+    whole = _rendered(messages, tokenizer, options, asking=False)
     tail = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"] + (tokenizer.eos_token or "")
     return Example(tuple(head), tuple(_continued(head, prompt, tail, tokenizer)))
 
 
-def _rendered(messages: list[dict[str, str]], tokenizer: Any, *, asking: bool) -> str:
+def _rendered(messages: list[dict[str, str]], tokenizer: Any, options: dict[str, Any], *, asking: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **options))
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -240,7 +297,7 @@ def rows_of(loader: Any) -> Iterable[Any]:
 
     Row numbers are those of the dataset, whatever the loader's sampler and however many processes share it.
     """
-    if hasattr(loader.dataset, "__getitem__") and hasattr(loader.dataset, "__len__"):
+    if _has_positions(loader.dataset):
         return CollatedRows(loader)
     return (_alone(row, loader.collate_fn) for row in loader.dataset)
 
@@ -255,7 +312,7 @@ def answer_marker(tokenizer: Any) -> tuple[int, ...]:
         return ()
     request, answer = "question", "reply"
     turns = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-    before, _, after = _rendered(turns, tokenizer, asking=False).partition(request)
+    before, _, after = _rendered(turns, tokenizer, {}, asking=False).partition(request)
     between = after.partition(answer)[0]
     with_request = tokenizer(before + request, add_special_tokens=False)["input_ids"]
     with_marker = tokenizer(before + request + between, add_special_tokens=False)["input_ids"]

@@ -43,6 +43,20 @@ def pad_id(tokenizer: Any) -> int:
     return next(i for i in ids if i is not None)
 
 
+def require_positions(model: Any, tokens: int) -> None:
+    """Check that an example, or a prompt and its answer, has room in the model; past it some models fail, deep inside.
+
+    Raises:
+        PeftNLSRError: the model is configured for fewer positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise PeftNLSRError(
+            f"an example needs {tokens} tokens with its answer, the model has {positions} positions; set max_length "
+            "lower, by as much as an answer may have (answer_tokens)"
+        )
+
+
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -102,6 +116,7 @@ def answers_in_batches(
     for i, prompt in enumerate(prompts):
         positions.setdefault(tuple(prompt), []).append(i)
     order = sorted(positions, key=len, reverse=True)
+    require_positions(model, max(map(len, order), default=0) + max_new_tokens)
     batches = ranks.own(cut_by_length(order, [len(prompt) + max_new_tokens for prompt in order], batch_size))
     total = sum(len(positions[prompt]) for batch in batches for prompt in batch)
     with tqdm(total=total, desc=progress, disable=progress is None, leave=False, unit="answer") as bar:

@@ -26,7 +26,7 @@ from .config import NLSRConfig
 from .edits import restore_one_shot
 from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, collated, sample
-from .generation import find_tokenizer, model_digest
+from .generation import find_tokenizer, model_digest, require_positions
 from .judges import Judge, refuses
 from .live_adapter import LiveAdapter
 from .lowrank import LowRank
@@ -141,6 +141,7 @@ def plan(
             f"expected a model in memory, found a {type(peft_model).__name__}; load it with "
             "PeftModel.from_pretrained, or realign its files with realign_folder and a patch"
         )
+    _require_kinds(config, patch, tokenizer)
     arguments = {"patch": patch, "reference": reference, "weak": weak, "calibration": calibration, "utility": utility}
     given = {name for name, value in {**arguments, "work_dir": work_dir}.items() if value is not None}
     ranks = Ranks.launched() if data_parallel else ALONE
@@ -165,6 +166,16 @@ def plan(
     for note in notes if ranks.number == 0 else ():
         logger.warning(note)
     return replace(found, method=method, reason=reason, notes=notes)
+
+
+def _require_kinds(config: Any, patch: Any, tokenizer: Any) -> None:
+    """The arguments for which a name is often given, or a mapping."""
+    if not isinstance(config, NLSRConfig | None):
+        raise TypeError(f"config is {config!r}; give NLSRConfig(...), or NLSRConfig.from_preset('paper') for a preset")
+    if not isinstance(patch, SafetyPatch | str | os.PathLike | None):
+        raise TypeError(f"patch is a {type(patch).__name__}; give a SafetyPatch, its folder or its Hub id")
+    if isinstance(tokenizer, str | os.PathLike):
+        raise TypeError(f"tokenizer is {tokenizer!r}; give AutoTokenizer.from_pretrained({str(tokenizer)!r})")
 
 
 def _seen_by_a_rank(
@@ -305,6 +316,7 @@ class _Data:
             self.tokenizer(adapter),
             config,
         )
+        require_positions(adapter.model, max(len(e.tokens) for e in found))
         return found, {"source": "built-in prompts" if given is None else "given", "used": len(found)}
 
     def teaching(self, adapter: LiveAdapter, teacher: Factors, config: NLSRConfig) -> TeachingData:
@@ -425,6 +437,7 @@ def _build_patch(
         )
     tokenizer = data.tokenizer(adapter)
     examples = sample(data.calibration, tokenizer, config)
+    require_positions(adapter.model, max(len(e.tokens) for e in examples))
     batches = collated(examples, config.nlsr_batch_size, padding_of(tokenizer))
     statistics = calibrate(adapter, batches, amplified, config, progress=data.progress)
     return build_nlsr_patch(amplified, statistics, config), {"safety": {"source": "given", "used": len(examples)}}
@@ -533,6 +546,17 @@ def _as_stored(update: LowRank, original: LowRank) -> LowRank:
     return LowRank(update.A.to("cpu", dtype), update.B.to("cpu", dtype), update.scale)
 
 
+def _require_unclaimed(adapter: LiveAdapter) -> None:
+    """Refuses an adapter that was loaded with the record of its realignment (``register()``)."""
+    name = adapter.info.adapter_name
+    claim = getattr(adapter.model.peft_config[name], "nlsr_claim", None)
+    if claim is not None and claim.about(adapter) is not None:
+        raise PeftNLSRError(
+            f"adapter {name!r} was loaded with the record of its realignment (by {claim.record['method']}); realign "
+            "the original, which revert_folder gives, or continue FGSN with previous=<its folder>"
+        )
+
+
 def _earlier(adapter: LiveAdapter, config: NLSRConfig, previous: str | os.PathLike[str] | None) -> fgsn.Earlier | None:
     """The FGSN runs that this one continues; None for a fresh adapter, an error for one realigned in another way."""
     if previous is not None:
@@ -547,6 +571,7 @@ def _earlier(adapter: LiveAdapter, config: NLSRConfig, previous: str | os.PathLi
         return earlier
     done = realignment_of(adapter)
     if done is None:
+        _require_unclaimed(adapter)
         return None
     if config.method != "fgsn" or done.method != "fgsn":
         raise PeftNLSRError(

@@ -19,7 +19,7 @@ from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
 from .examples import Example, knows_words, sample
-from .generation import generate_answers, pad_id, quiet
+from .generation import generate_answers, pad_id, quiet, require_positions
 from .judges import Judge, verdicts_of
 from .live_adapter import LiveAdapter
 from .prompts import REFUSALS, builtin_prompts
@@ -102,10 +102,10 @@ def _utility(
     rows = asking.sample(utility, times=2)
     if not config.screening:
         kept = rows[: config.max_samples]
-        return kept, [], {"utility": {"source": "given", "used": len(kept)}}, ()
+        return kept, [], {"utility": {"source": "given", "used": len(kept)}}, _unanswered_note(kept)
     kept, refused, record = _screen(asking, rows, teacher)
     joins = config.refused_prompts == "join"
-    return kept, refused if joins else [], record, _screening_notes(record, joins)
+    return kept, refused if joins else [], record, _screening_notes(record, joins) + _unanswered_note(kept)
 
 
 def rows_meant(rows: Sequence[Example], record: Mapping[str, Any]) -> list[Example]:
@@ -140,10 +140,7 @@ def _checked(asking: _Asking, found: TeachingData) -> TeachingData:
 
     With fewer than 20 such prompts, or a judge that sees no refusal in the safe answers, nothing can be said.
     """
-    asked = [e for e in found.safety if e.prompt]
-    if len(asked) < _FEWEST_REFUSALS:
-        return found
-    meant = [e for e in asked if e.refusal]
+    meant = [e for e in found.safety if e.prompt and e.refusal]
     if len(meant) < _FEWEST_REFUSALS:
         return found
     tolerated = len(meant) - math.ceil(_INTACT_SHARE * len(meant))
@@ -245,7 +242,9 @@ class _Asking:
 
     def sample(self, data: Iterable[Any], *, times: int = 1) -> list[Example]:
         """As many examples of the data as the configuration asks for, see :func:`peft_nlsr.examples.sample`."""
-        return self.ranks.first(lambda: sample(data, self.tokenizer, self.config, times=times))
+        found = self.ranks.first(lambda: sample(data, self.tokenizer, self.config, times=times))
+        require_positions(self.adapter.model, max(len(e.tokens) for e in found))
+        return found
 
     def knows(self, rows: Sequence[dict[str, str]]) -> bool:
         """Whether the tokenizer knows the words of the prompts."""
@@ -388,6 +387,16 @@ def _screening_notes(record: dict[str, Any], joins: bool) -> tuple[str, ...]:
     if not utility["used"]:
         notes.append("the safe teacher refuses all utility prompts; only the ridge keeps the fine-tuned behaviour")
     return tuple(notes)
+
+
+def _unanswered_note(kept: Sequence[Example]) -> tuple[str, ...]:
+    unanswered = sum(not e.answer for e in kept)
+    if not unanswered:
+        return ()
+    return (
+        f"{unanswered} of {len(kept)} utility examples have no answer, so only the reading of their prompts is kept; "
+        "check the names of the columns, and max_length",
+    )
 
 
 def _rows(kind: str) -> list[dict[str, str]]:

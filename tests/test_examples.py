@@ -1,5 +1,6 @@
 """Rows of every accepted form become the same prompt and answer tokens; everything else is refused by its row."""
 
+import json
 from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,16 @@ import torch
 from tiny import word_tokenizer
 
 from peft_nlsr.errors import CalibrationError, PeftNLSRError
-from peft_nlsr.examples import Example, batches_of, collate, collated, cut_by_length, read_examples, token_weights
+from peft_nlsr.examples import (
+    Example,
+    batches_of,
+    collate,
+    collated,
+    cut_by_length,
+    read_examples,
+    rows_of,
+    token_weights,
+)
 
 CHAT, PLAIN, BOTH_ENDS = word_tokenizer(), word_tokenizer(chat=False), word_tokenizer(chat=False, begin=True, end=True)
 USER, ASSISTANT = {"role": "user", "content": "paint the vase"}, {"role": "assistant", "content": "sure word1"}
@@ -53,6 +63,7 @@ FORMS: dict[str, Any] = {
     "prompt-ids-and-completion-ids": {"prompt_ids": list(PROMPT), "completion_ids": list(ANSWER)},
     "prompt-ids-and-chosen-ids": {"prompt_ids": list(PROMPT), "chosen_ids": list(ANSWER), "rejected_ids": [9]},
     "text-of-a-chat": {"text": "<user> paint the vase <bot> sure word1 </s>"},
+    "gaps-of-joined-data": {"text": None, "prompt": "paint the vase", "response": None, "completion": "sure word1"},
     "example": Example(PROMPT, ANSWER),
 }
 
@@ -166,6 +177,21 @@ def test_a_template_brings_its_own_begin_and_end() -> None:
     assert found == Example(PROMPT, ANSWER, 0)
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_template_sees_the_tools_and_options_of_a_row(as_text: bool) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ tools[0]['name'] }} {{ style }} " + tokenizer.chat_template
+    tools: Any = [{"name": "lamp"}]
+    row = {"messages": [USER, ASSISTANT], "tools": json.dumps(tools) if as_text else tools}
+    (found,) = read(row | {"chat_template_kwargs": {"style": "sure"}}, tokenizer=tokenizer)
+    assert found == Example((*ids("lamp sure"), *PROMPT), ANSWER, 0)
+
+
+def test_tools_without_a_template_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="no chat template that would read tools"):
+        read({"messages": [USER], "tools": [{"name": "lamp"}]}, tokenizer=PLAIN)
+
+
 def test_a_tokenizer_without_an_end_adds_none() -> None:
     tokenizer = word_tokenizer(chat=False)
     tokenizer.eos_token = None
@@ -226,12 +252,30 @@ def test_a_batch_of_short_examples_holds_more_of_them(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("max_length", "prompt", "answer"),
-    [(99, 5, 3), (8, 5, 3), (7, 5, 2), (5, 5, 0), (2, 2, 0)],
-    ids=["long-enough", "exact", "answer-cut", "answer-gone", "prompt-cut"],
+    [(99, 5, 3), (8, 5, 3), (7, 5, 2), (5, 5, 0)],
+    ids=["long-enough", "exact", "answer-cut", "answer-gone"],
 )
 def test_long_examples_are_cut_on_the_right(max_length: int, prompt: int, answer: int) -> None:
     (found,) = read(FORMS["messages"], max_length=max_length)
     assert (found.prompt, found.answer) == (PROMPT[:prompt], ANSWER[:answer])
+
+
+def test_a_prompt_that_is_cut_cannot_be_asked_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    short = {"prompt": "paint", "response": "sure"}
+    found = read(FORMS["messages"], short, max_length=4)
+    assert found[0] == Example((), PROMPT[:4], 0) and found[1].prompt == ids("<user> paint <bot>")
+    assert "1 examples have prompts longer than max_length=4" in caplog.text and "not asked" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["prompt-completion", "prompt-ids-and-completion-ids"])
+def test_completions_that_are_marked_as_undesirable_are_left_out(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = FORMS[form] | {"label": True}, FORMS[form] | {"label": False}
+    assert [e.index for e in read(bad, good, bad)] == [1]
+    assert "2 completions with label=False" in caplog.text
+
+
+def test_labels_of_other_data_mean_nothing_here() -> None:
+    assert len(read({"text": "paint", "label": False}, FORMS["prompt-completion"] | {"label": 0})) == 2
 
 
 def many(count: int) -> list[dict[str, Any]]:
@@ -285,6 +329,28 @@ def test_a_stream_gives_its_first_rows_and_no_more_are_read() -> None:
     assert [e.index for e in found] == [0, 1, 2, 3] and len(taken) <= 5
 
 
+class Streamed(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Has a length, and like all of its kind a ``__getitem__`` that only raises."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(many(50))
+
+
+def test_an_iterable_dataset_with_a_length_is_read_in_order() -> None:
+    loader = torch.utils.data.DataLoader(Streamed(), collate_fn=lambda rows: {"input_ids": rows[0]["input_ids"]})
+    for data in (Streamed(), rows_of(loader)):
+        assert [e.index for e in read_examples(data, None, limit=3, max_length=9)] == [0, 1, 2]
+
+
+def test_a_data_frame_is_refused_with_advice() -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(CalibrationError, match=r"a DataFrame has no row \d by position; .*to_dict\('records'\)"):
+        read_examples(pandas.DataFrame([{"prompt": "how"}] * 3), CHAT, limit=3, max_length=9)
+
+
 def test_a_data_loader_gives_its_batches() -> None:
     loader = torch.utils.data.DataLoader(
         MapStyle(), batch_size=4, collate_fn=lambda rows: {"input_ids": torch.tensor([r["input_ids"] for r in rows])}
@@ -324,6 +390,7 @@ def test_the_data_are_not_changed() -> None:
         pytest.param(
             [{"instruction": "x", "output": "y"}], r"row 0 has the keys \['instruction', 'output'\]", id="keys"
         ),
+        pytest.param([{"text": None}], "row 0 has no values", id="nothing-but-gaps"),
         pytest.param(["paint"], "row 0 is a str, expected one of .*'prompt', 'response'", id="row-is-text"),
         pytest.param([{"text": "paint"}, 3], "row 1 is a int", id="row-is-a-number"),
         pytest.param({"prompt": "paint"}, "a single dict; give an iterable", id="one-row"),
@@ -343,7 +410,6 @@ def test_data_of_unknown_form_are_refused_with_the_accepted_forms(data: Any, wor
         pytest.param({"messages": []}, "empty conversation", id="no-messages"),
         pytest.param({"messages": [{"from": "human", "value": "x"}]}, "KeyError: 'role'", id="sharegpt-keys"),
         pytest.param({"prompt": 3, "response": "x"}, "TypeError", id="prompt-is-a-number"),
-        pytest.param({"text": None}, "ValueError", id="text-is-none"),
         pytest.param({"input_ids": [[1, 2], [3]]}, "ValueError", id="ragged-batch"),
         pytest.param({"input_ids": [1, 2], "labels": [1]}, "RuntimeError", id="labels-of-another-length"),
         pytest.param({"messages": [{"role": "tool", "content": "x"}]}, "template refuses it: no tools", id="template"),

@@ -280,6 +280,33 @@ def test_revert_refuses_an_adapter_that_was_trained_on(tuned: PeftModel, inputs:
     assert_same_state(before, state_of(tuned))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"config": "paper"}, r"config is 'paper'; give .*from_preset"),
+        ({"patch": {"q_proj": 1}}, "patch is a dict; give a SafetyPatch"),
+        ({"tokenizer": "a/model"}, r"tokenizer is 'a/model'; give AutoTokenizer.from_pretrained\('a/model'\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_names_in_place_of_objects_are_refused_with_advice(
+    tuned: PeftModel, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TypeError, match=words):
+        plan(tuned, **given)
+
+
+@pytest.mark.parametrize("method", ["two_teacher", "sum-reference"])
+def test_examples_that_the_model_has_no_positions_for_are_refused(
+    tuned: PeftModel, inputs: dict[str, Any], method: str
+) -> None:
+    tuned.config.max_position_embeddings = 9
+    config, given = call(method, inputs)
+    long = [{"prompt": "attack the lamp", "response": " ".join(["word1"] * 20)}]
+    with pytest.raises(PeftNLSRError, match=r"needs \d+ tokens .*the model has 9 positions; set max_length"):
+        plan(tuned, config, **{**given, "calibration": long})
+
+
 def test_a_second_call_is_refused_until_revert_or_more_training(tuned: PeftModel, inputs: dict[str, Any]) -> None:
     config, given = call("swap-patch", inputs)
     nlsr_realign(tuned, config, **given)

@@ -21,7 +21,9 @@ from transformers import LlamaForCausalLM
 
 import peft_nlsr
 from peft_nlsr import (
+    LineageError,
     NLSRConfig,
+    PeftNLSRError,
     Realignment,
     SafetyPatch,
     nlsr_realign,
@@ -550,6 +552,21 @@ def test_sixteen_bits_that_peft_loads_as_thirty_two_keep_their_record(
     train_on(loaded)
     loaded.save_pretrained(tmp_path / "again")
     assert_no_claim(tmp_path / "again")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_that_comes_with_its_record_is_not_realigned_again(
+    tmp_path: Path, make_pico_lora: MakeLora, pico_llama: LlamaForCausalLM, dtype: torch.dtype
+) -> None:
+    patch = make_patch(factors_of(make_pico_lora(seed=0).to(dtype)))
+    nlsr_realign(drift(make_pico_lora(seed=0).to(dtype)), patch=patch).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(pico_llama, str(tmp_path))
+    with pytest.raises(PeftNLSRError, match=r"'default' was loaded with the record of its realignment \(by sum\)"):
+        nlsr_realign(loaded, patch=patch)
+    drift(loaded, size=1e-3)
+    with pytest.raises(LineageError):  # trained on: new weights, whose factors the patch no longer fits
+        nlsr_realign(loaded, NLSRConfig(update="sum"), patch=patch)
 
 
 @pytest.mark.usefixtures("registered")

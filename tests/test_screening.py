@@ -137,6 +137,20 @@ def test_rows_without_a_prompt_stay_and_are_counted(model: PeftModel) -> None:
     assert any("1 utility examples have no prompt" in note and "were not found" in note for note in data.notes)
 
 
+@pytest.mark.parametrize("screening", [True, False])
+def test_utility_rows_without_an_answer_are_counted(model: PeftModel, screening: bool) -> None:
+    unanswered = [{"prompt": "paint the lamp", "answer": "in a column of another name"}]
+    data = prepare(model, utility=[*rows(3), *unanswered], config=quick(screening=screening))
+    assert any("1 of 4 utility examples have no answer" in note for note in data.notes)
+
+
+def test_prompts_that_were_cut_are_not_taken_for_harmless_ones(model: PeftModel) -> None:
+    long = [{"prompt": "paint the lamp " * 9 + "attack", "response": "sure"}]
+    data = prepare(model, utility=[*rows(3), *long], config=quick(max_length=16))
+    assert data.record["utility"]["screened"] == 3
+    assert data.record["utility"]["unscreened_for_lack_of_a_prompt"] == 1
+
+
 def test_a_set_of_attacks_only_leaves_no_utility_data_and_says_so(model: PeftModel) -> None:
     data = prepare(model, utility=rows(4, poisoned=range(4)))
     assert data.utility == [] and data.record["utility"]["used"] == 0
