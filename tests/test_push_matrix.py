@@ -152,6 +152,18 @@ def test_what_is_downloaded_is_realigned_and_says_so(trainer: Trainer, tmp_path:
             assert not (folder / "ref" / RECORD).exists() and f"ref/{WEIGHTS}" in files
 
 
+def test_a_trainer_withdraws_from_the_hub_what_it_claimed_of_other_weights(
+    trainer: Trainer,
+    hub: LocalHub,  # noqa: F811
+) -> None:
+    trainer.push_to_hub()
+    assert {RECORD, DIFF_NAME} <= hub["alice/trained"].paths()
+    train_on(trainer.model)
+    trainer.push_to_hub()
+    assert WEIGHTS in hub["alice/trained"].paths() and DIFF_NAME not in hub["alice/trained"].paths()
+    assert "nlsr" not in hub["alice/trained"].read(README).decode()
+
+
 # ---- model.push_to_hub, more closely
 
 

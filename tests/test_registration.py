@@ -324,7 +324,7 @@ def test_other_values_in_fewer_bits_are_not(tmp_path: Path, model: PeftModel) ->
     assert_no_claim(tmp_path)
 
 
-@pytest.mark.parametrize("factors", ["lora_", "lora_B"], ids=["one module", "one factor"])
+@pytest.mark.parametrize("factors", ["lora_", "lora_A"], ids=["one module", "one factor"])
 def test_modules_of_different_dtypes_come_back_bit_for_bit(
     tmp_path: Path, make_pico_lora: MakeLora, factors: str
 ) -> None:
