@@ -169,6 +169,7 @@ def check_peft_type(config: Mapping[str, Any]) -> None:
 def check_config(config: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
     if not modules:
         refuse("an adapter without a LoRA pair of a linear layer", "the whole adapter", "There is nothing to realign")
+    _check_numbers(config)
     where = f"{next(iter(modules))} and {len(modules) - 1} more"
     for option, (feature, advice) in _REFUSED_OPTIONS.items():
         if config.get(option):
@@ -179,11 +180,27 @@ def check_config(config: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
             refuse(f"{feature} initialisation", where, advice)
 
 
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise CorruptFileError where a rank or an alpha, a module's own included, is no number that can be one."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            _wrong_number(f"{key} is", config[key], "an object from modules to numbers")
+    for key, pattern_key, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        of_modules = {f"{pattern_key}.{name}": value for name, value in (config.get(pattern_key) or {}).items()}
+        for place, value in {key: config[key], **of_modules}.items():
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or (whole and value < 1):
+                said = f"{place} gives {'rank' if whole else 'alpha'}"
+                _wrong_number(said, value, "a whole number above 0" if whole else "a finite number")
+
+
+def _wrong_number(said: str, found: Any, expected: str) -> NoReturn:
+    raise CorruptFileError(f"{CONFIG_FILE}: {said} {found!r}, expected {expected}. Save the adapter again.")
+
+
 def rank_and_scale_of(config: Mapping[str, Any], name: str) -> tuple[int, float]:
     rank = lookup(config, "rank_pattern", "r", name)
     alpha = lookup(config, "alpha_pattern", "lora_alpha", name)
-    if not isinstance(rank, int) or rank < 1:
-        raise CorruptFileError(f"{CONFIG_FILE} gives {name} rank {rank!r}, expected a whole number above 0")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -27,7 +27,7 @@ from .edits import EXACT_SVD_SIDE
 from .errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .files import read_json, write_json
 from .lowrank import LowRank
-from .storage import Spec, TensorFile, replace_folder, require_finite, write_tensors
+from .storage import Spec, TensorFile, replace_folder, require_finite, require_new, write_tensors
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "safety_reference.json"
@@ -40,7 +40,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = re.compile(r"[^.]+\.\d+\..+")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in")
 _FUSED = ("qkv", "gate_up", "query_key_value", "c_attn", "in_proj")
-# Their linear layers are Conv1D, which stores (d_in, d_out).
+# The linear layers of their blocks are Conv1D, which stores (d_in, d_out).
 _TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _GEOMETRY = (
     "model_type",
@@ -247,9 +247,7 @@ def extract_reference(
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
-    output = Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not an empty folder; choose another output, or remove it")
+    output = require_new(output)
     pair = Checkpoint(aligned), Checkpoint(base)
     require_same_geometry(*pair)
     paired, notes = pair_up(*pair, [modules] if isinstance(modules, str) else list(modules))
@@ -462,7 +460,7 @@ def _difference(pair: tuple[Checkpoint, Checkpoint], names: tuple[str, str]) -> 
         one, other = (c.rows(n, start, stop).to(wide) for c, n in zip(pair, names, strict=True))
         D[start:stop] = one - other
         require_finite(D[start:stop], f"the difference in {names[0]}")
-    return D.T if pair[0].config.get("model_type") in _TRANSPOSED_TYPES else D
+    return D.T if inside and pair[0].config.get("model_type") in _TRANSPOSED_TYPES else D
 
 
 def truncated(D: Tensor, rank: int, *, seed: int = 0) -> tuple[LowRank, float, float]:

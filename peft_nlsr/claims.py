@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +25,7 @@ from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text, write_json, write_text
 from .hub import CARD_NAME
 from .lowrank import LowRank
-from .record import DIFF_NAME, Diff, Realignment, fingerprint, without_base, write_diff
+from .record import DIFF_NAME, Diff, Realignment, fingerprint, require_record, without_base, write_diff
 from .report import REPORT_NAME, SafetyReport
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,13 @@ class Claim:
         """The claim that a folder makes, or None.
 
         Raises:
-            CorruptFileError: one of its files cannot be read.
+            CorruptFileError: one of its files cannot be read, is malformed or of a newer version.
         """
         content = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
         record = content.get("record")
         if not isinstance(record, dict) or not record.get("fingerprint_after"):
             return None
+        require_record(record, folder / CONFIG_NAME)
         report = SafetyReport.load(folder) if (folder / REPORT_NAME).is_file() else None
         originals = dict(Diff(folder)) if (folder / DIFF_NAME).is_file() else {}
         return cls(dict(content.get("config") or {}), record, report, originals, {})
@@ -97,7 +98,7 @@ class Claim:
             return self
         if not (self._narrowed(saved) or self._widened(saved)):
             return None
-        before = {name: _as(self.originals.get(name, update), update.A.dtype) for name, update in saved.items()}
+        before = {name: _like(self.originals.get(name, update), update) for name, update in saved.items()}
         record = {**self.record, "fingerprint_before": fingerprint(before), "fingerprint_after": found}
         report = None if self.report is None else replace(self.report, record=record)
         return replace(self, record=record, report=report)
@@ -107,7 +108,7 @@ class Claim:
         if not self.updates or set(saved) != set(self.originals):
             return False
         try:
-            return all(_equal(_as(self._result(name, mine), mine.A.dtype), mine) for name, mine in saved.items())
+            return all(_equal(_like(self._result(name, mine), mine), mine) for name, mine in saved.items())
         except PeftNLSRError:
             return False
 
@@ -125,7 +126,7 @@ class Claim:
     def _widened(self, saved: AdapterFolder) -> bool:
         """Whether the file holds the recorded weights, cast to a wider dtype, which loses nothing."""
         for dtype in _NARROW:
-            if all(_equal(_as(_as(update, dtype), update.A.dtype), update) for update in saved.values()):
+            if all(_equal(_like(_as(update, dtype), update), update) for update in saved.values()):
                 narrow = {name: _as(update, dtype) for name, update in saved.items()}
                 if fingerprint(narrow) == self.record["fingerprint_after"]:
                     return True
@@ -136,20 +137,25 @@ def _as(update: LowRank, dtype: torch.dtype) -> LowRank:
     return LowRank(update.A.to(dtype), update.B.to(dtype), update.scale)
 
 
+def _like(update: LowRank, other: LowRank) -> LowRank:
+    """The update with each factor in the dtype of the other's; one file may hold several dtypes."""
+    return LowRank(update.A.to(other.A.dtype), update.B.to(other.B.dtype), update.scale)
+
+
 def _equal(one: LowRank, other: LowRank) -> bool:
     return torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
 
 
-def write_claim(folder: Path, claim: Claim, readme: Path) -> None:
+def write_claim(folder: Path, claim: Claim, readme: Path) -> bool:
     """Write ``nlsr_config.json``, the report when there is one with its results for the Hub, and the card's section.
-    A card that cannot be understood is left as it is, with a warning."""
+    A card that cannot be understood is left as it is, with a warning; whether the card was written."""
     if claim.report is not None:
         claim.report.save(folder)
     else:
         (folder / REPORT_NAME).unlink(missing_ok=True)
     _write_results(folder, claim.report)
     write_json(folder / CONFIG_NAME, {"config": claim.config, "record": claim.record})
-    _write_card(folder, claim, readme)
+    return _write_card(folder, claim, readme)
 
 
 def _write_results(folder: Path, report: SafetyReport | None) -> None:
@@ -167,7 +173,7 @@ def _write_results(folder: Path, report: SafetyReport | None) -> None:
         path.parent.rmdir()
 
 
-def _write_card(folder: Path, claim: Claim, readme: Path) -> None:
+def _write_card(folder: Path, claim: Claim, readme: Path) -> bool:
     report = claim.report or SafetyReport(claim.record, claim.config, None, None)
     plots = [name for name in PICTURES if readme.parent == folder and (folder / name).is_file()]
     base = claim.record["base_model"]
@@ -175,8 +181,9 @@ def _write_card(folder: Path, claim: Claim, readme: Path) -> None:
         text = update_card(read_text(readme), record=claim.record, report=report, base_model=base, plots=plots)
     except CorruptFileError as error:
         logger.warning("%s was left as it is, without the safety section: %s", readme, error)
-    else:
-        write_text(readme, text)
+        return False
+    write_text(readme, text)
+    return True
 
 
 def settle(folder: Path, adapter_name: str, claim: Claim | None) -> None:
@@ -199,11 +206,23 @@ def settle(folder: Path, adapter_name: str, claim: Claim | None) -> None:
         )
 
 
-def unclaimed(folder: Path, within: Path) -> list[str]:
-    """The files that an earlier push may have left beside the weights of ``folder`` and that this one does not bring:
-    what they say is of other weights. Paths relative to ``within``, with ``/``."""
-    missing = (folder / name for name in CLAIM_FILES if not (folder / name).exists())
-    return [path.relative_to(within).as_posix() for path in missing]
+def unclaimed(folder: Path, within: Path, there: Collection[str]) -> list[str]:
+    """Of the files ``there``, in a repository, those that an earlier push claimed of the weights of ``folder`` and
+    that this push does not bring: what they say is of other weights. Where the repository holds no
+    ``nlsr_config.json`` beside these weights nothing was claimed, and files of these names are somebody's own.
+
+    Paths, ``there`` too, are relative to ``within``, with ``/``.
+    """
+    home = folder.relative_to(within)
+    if (home / CONFIG_NAME).as_posix() not in there:
+        return []
+    missing = [(home / name).as_posix() for name in CLAIM_FILES if not (folder / name).exists()]
+    return [path for path in missing if path in there]
+
+
+def withdraw_copied(folder: Path) -> None:
+    """Take all claims out of the card of a folder that was copied beside other weights; record and report were not."""
+    _withdraw_card(folder / CARD_NAME, None)
 
 
 def settle_card(folder: Path, adapter_name: str, claim: Claim | None) -> None:
@@ -237,8 +256,7 @@ def _write_saved_claim(folder: Path, adapter_name: str, claim: Claim) -> None:
     saved = AdapterFolder(folder)
     grown = any(claim.originals[name].rank != saved[name].rank for name in claim.originals)
     metadata = {"adapter_config": _original_config(saved)} if grown else {}
-    dtype = next(iter(saved.values())).A.dtype
-    originals = {name: _as(update, dtype) for name, update in claim.originals.items()}
+    originals = {name: _like(update, saved[name]) for name, update in claim.originals.items()}
     write_diff(folder, originals, originals if grown else restored, metadata)
 
 
@@ -271,11 +289,11 @@ def _readable(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _withdraw_card(readme: Path, adapter_name: str) -> bool:
-    text = read_text(readme)
-    if text is None:
-        return False
+def _withdraw_card(readme: Path, adapter_name: str | None) -> bool:
     try:
+        text = read_text(readme)
+        if text is None:
+            return False
         stale = stale_card(text, adapter_name=adapter_name)
     except CorruptFileError as error:
         logger.warning("%s may still claim that other weights are realigned: %s", readme, error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CorruptFileError, PeftNLSRError
-from .files import read_json, write_json
+from .files import read_json, require_schema, write_json
 from .hub import fetch, push_folder, staging
 
 if TYPE_CHECKING:
@@ -258,15 +258,20 @@ class NLSRConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NLSRConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys, as written by a newer version, warn by name."""
-        values = dict(values)
-        version = values.pop("schema_version", SCHEMA_VERSION)
+        """The inverse of :meth:`to_dict`. Unknown keys warn by name.
+
+        Raises:
+            CorruptFileError: the values have another schema version, such as a newer one.
+            ValueError: a value outside its choices or range.
+        """
+        require_schema(values, SCHEMA_VERSION, "these settings")
+        values = {name: value for name, value in values.items() if name != "schema_version"}
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(
-                f"NLSRConfig ignores unknown keys {', '.join(unknown)} (file schema {version}, this version reads "
-                f"{SCHEMA_VERSION}); upgrade peft_nlsr if you rely on them",
+                f"NLSRConfig ignores unknown keys {', '.join(unknown)} (schema {SCHEMA_VERSION}); upgrade peft_nlsr "
+                "if you rely on them",
                 stacklevel=2,
             )
         return cls(**{name: value for name, value in values.items() if name in known})
@@ -289,7 +294,7 @@ class NLSRConfig:
         """Read ``nlsr_config.json`` from a folder or, when no such folder exists, from a Hub repository.
 
         Raises:
-            PeftNLSRError: there is no such file; CorruptFileError: it holds no settings.
+            PeftNLSRError: there is no such file; CorruptFileError: it holds no settings that this version reads.
             ValueError: a value outside its choices or range.
         """
         path = Path(source) / CONFIG_NAME if Path(source).is_dir() else _downloaded(str(source), revision)
@@ -298,7 +303,10 @@ class NLSRConfig:
         content = read_json(path)
         if not isinstance(content.get("config"), dict):
             raise CorruptFileError(f"{path} holds no 'config' object, found the keys {', '.join(content) or '(none)'}")
-        return cls.from_dict(content["config"])
+        try:
+            return cls.from_dict(content["config"])
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{path}: {error}") from error
 
     def push_to_hub(
         self,

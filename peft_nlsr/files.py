@@ -18,6 +18,7 @@ from .errors import CorruptFileError
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """A free hidden name beside ``path``; what is made there becomes ``path``, or is removed after an exception."""
+    path = Path(os.path.abspath(path))  # "." has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -38,11 +39,18 @@ def sync(path: Path) -> None:
 
 
 def read_text(path: Path) -> str | None:
-    """A text file with its line ends as they are; None when there is none."""
+    """A text file with its line ends as they are; None when there is none.
+
+    Raises:
+        CorruptFileError: the file is not UTF-8.
+    """
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return file.read()
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path} is not UTF-8 ({error}); save it as UTF-8, or remove it") from error
 
 
 def read_json(path: Path, advice: str = "download it again, or write it again") -> dict[str, Any]:
@@ -58,6 +66,17 @@ def read_json(path: Path, advice: str = "download it again, or write it again") 
     if not isinstance(content, dict):
         raise CorruptFileError(f"{path} holds a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def require_schema(values: Mapping[str, Any], known: int, what: str) -> None:
+    """Raise CorruptFileError where ``values`` name another schema version than the known one; none at all is that."""
+    found = values.get("schema_version", known)
+    if type(found) is not int or found != known:
+        newer = type(found) is int and found > known
+        advice = "upgrade peft_nlsr (pip install -U peft-nlsr)" if newer else "write it again, or download it again"
+        raise CorruptFileError(
+            f"found schema_version {found!r} in {what}, this version of peft_nlsr reads {known}; {advice}"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

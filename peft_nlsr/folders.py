@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,11 +17,11 @@ from typing import Any
 from .adapter_folder import AdapterFolder, open_adapter
 from .adapters import CONFIG_FILE
 from .baselines import add_safety_vector
-from .card import stale_card
+from .card import _is_tag_of_path, _parsed, stale_card
 from .claims import Claim, write_claim
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
-from .files import read_json, read_text, write_text
+from .files import read_json, read_text, require_schema, write_text
 from .hub import CARD_NAME, is_hub_id
 from .lowrank import LowRank
 from .nlsr import decide, restore, truncation_norm
@@ -31,6 +30,7 @@ from .projection import read_delta
 from .record import (
     DIFF_NAME,
     OF_WEIGHTS,
+    SCHEMA_VERSION,
     Diff,
     ModuleRecord,
     Realignment,
@@ -221,13 +221,15 @@ def write_realigned(
         FileExistsError: the output exists.
     """
     grows = planned.method == "sum" and not planned.config.compress
+    card_before = _card_to_give_back(source.path)  # first, because it may be a file that cannot be read
     finished: list[Realignment] = []
 
     def finish(folder: Path) -> None:
         records = planned.modules if modules is None else modules()
         done = replace(planned, modules=records, fingerprint_after=fingerprint(AdapterFolder(folder)))
-        card = _write_record(folder, done, report)
+        card_after = _write_record(folder, done, report)
         if save_diff:
+            card = {} if card_before is None else {"card": card_before, "card_sha256": _sha256(card_after)}
             metadata = {**card, **(_config_of(source) if grows else {})}
             write_diff(folder, originals or source, list(source) if grows else list(updates), metadata)
         finished.append(done)
@@ -236,25 +238,31 @@ def write_realigned(
     return finished[0]
 
 
-def _write_record(folder: Path, done: Realignment, report: SafetyReport | None) -> dict[str, str]:
-    """Write settings, record, report and card; what is needed to undo the change of the card.
+def _card_to_give_back(folder: Path) -> str | None:
+    """The card that the undo gives back, empty where there is none; None where it must not be kept: it speaks of an
+    earlier realignment, or names a place of this machine."""
+    before = read_text(folder / CARD_NAME) or ""
+    return None if finished_record(folder) is not None or _names_a_path(before) else before
 
-    A card that speaks of an earlier realignment is not what the undo gives back.
-    """
+
+def _write_record(folder: Path, done: Realignment, report: SafetyReport | None) -> str:
+    """Write settings, record, report and card; the new card."""
     readme = folder / CARD_NAME
-    before = read_text(readme) or ""
-    continues = finished_record(folder) is not None
     write_claim(folder, Claim.of(done, None if report is None else replace(report, record=done.to_dict())), readme)
-    after = read_text(readme) or ""
-    if continues or _names_a_path(before):
-        return {}
-    return {"card": before, "card_sha256": _sha256(after)}
+    return read_text(readme) or ""
 
 
 def _names_a_path(readme: str) -> bool:
-    """Whether a card tells a place of this machine, which no file written here repeats."""
-    found = re.findall(r"^base_model: *(.+?)\s*$", readme, re.MULTILINE)
-    return any(name.strip("'\"") and not is_hub_id(name.strip("'\"")) for name in found)
+    """Whether a card tells a place of this machine, which no file written here repeats; so may YAML that cannot be
+    read."""
+    try:
+        data: Any = _parsed(readme).data
+    except CorruptFileError:
+        return True
+    bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
+    return any(base and not is_hub_id(str(base)) for base in bases) or any(
+        _is_tag_of_path(tag) and not str(tag).endswith(":") for tag in data.tags or ()
+    )
 
 
 def _sha256(text: str) -> str:
@@ -323,11 +331,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a folder; None when nothing was realigned there."""
-    if not (folder / CONFIG_NAME).is_file():
+    """The record in a folder; None when nothing was realigned there.
+
+    Raises:
+        CorruptFileError: the file is no JSON, or the record is of a newer version.
+    """
+    path = folder / CONFIG_NAME
+    record = read_json(path).get("record") if path.is_file() else None
+    if not isinstance(record, dict) or not {"fingerprint_before", "fingerprint_after"} <= set(record):
         return None
-    record = read_json(folder / CONFIG_NAME).get("record")
-    return record if isinstance(record, dict) and {"fingerprint_before", "fingerprint_after"} <= set(record) else None
+    require_schema(record, SCHEMA_VERSION, f"the record in {path}")
+    return record
 
 
 def is_realigned(source: AdapterFolder) -> bool:

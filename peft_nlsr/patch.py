@@ -201,11 +201,18 @@ def _require_described(file: TensorFile, record: Mapping[str, Any], folder: Path
     """Raise CorruptFileError unless the record describes a patch and the tensors are those it describes."""
     try:
         expected = _specs(record["modules"])
-        complete = bool(record["reference"]["description"]) and all("scale" in g for g in record["modules"].values())
+        complete = bool(record["reference"]["description"])
+        scales = {name: geometry["scale"] for name, geometry in record["modules"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        expected, complete = {}, False
+        expected, complete, scales = {}, False, {}
     if not complete:
         raise CorruptFileError(f"{folder / RECORD_NAME} does not describe a safety patch; build the patch again")
+    for name, scale in scales.items():
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise CorruptFileError(
+                f"{folder / RECORD_NAME} gives {name} the scale {scale!r}, expected a finite number; build the patch "
+                "again, or download it again"
+            )
     found = {key: file.spec(key) for key in file}
     wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
     if wrong:

@@ -19,15 +19,15 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel
 from torch import nn
-from yaml import YAMLError
 
 from .adapter_folder import AdapterFolder
 from .adapters import CONFIG_FILE
+from .card import _parsed
 from .claims import CLAIM_FILES, Claim, settle, unclaimed
 from .config import CONFIG_NAME
-from .errors import CorruptFileError, PeftNLSRError
+from .errors import PeftNLSRError
 from .files import read_json, read_text, write_text
-from .hub import CARD_NAME, fetch, files_to_push, is_hub_id, push_folder, staging, stale_checkpoints
+from .hub import CARD_NAME, fetch, files_there, files_to_push, is_hub_id, push_folder, staging, stale_checkpoints
 from .live_adapter import LiveAdapter
 from .record import fingerprint
 from .report import REPORT_NAME
@@ -35,7 +35,6 @@ from .report import REPORT_NAME
 logger = logging.getLogger(__name__)
 
 _BASE = "base_model_name_or_path"
-_EMPTY = "---\n{}\n---\n"
 _UNNAMED = "a base model that is not on the Hub"
 
 
@@ -89,6 +88,7 @@ def push_realigned(
         if _take_card(adapter, name, folder, fetch(repo_id, CARD_NAME, revision=revision, token=token)):
             _hide_paths(folder, base_model)
             settle(home, name, claim)
+        there = files_there(repo_id, revision=revision, token=token)
         stale = () if keep_checkpoints else stale_checkpoints(repo_id, revision, token)
         return push_folder(
             folder,
@@ -98,7 +98,7 @@ def push_realigned(
             create_pr=create_pr,
             commit_message=commit_message or ("Upload realigned adapter" if claim else "Upload adapter"),
             token=token,
-            delete=[*unclaimed(home, folder), *stale],
+            delete=[*unclaimed(home, folder, there), *stale],
         )
 
 
@@ -178,7 +178,7 @@ def _base_paths(folder: Path) -> set[str]:
     """The base models, in configurations and card, that are paths of this machine."""
     readme = read_text(folder / CARD_NAME)
     named = [read_json(path).get(_BASE) for path in folder.rglob(CONFIG_FILE)]
-    return {name for name in [*named, *_bases(_parsed(readme or _EMPTY))] if name and not is_hub_id(name)}
+    return {name for name in [*named, *_bases(_parsed(readme or ""))] if name and not is_hub_id(name)}
 
 
 def _without_paths(readme: str, paths: Iterable[str], base_model: str | None) -> str:
@@ -193,13 +193,6 @@ def _without_paths(readme: str, paths: Iterable[str], base_model: str | None) ->
         if "/" in path or "\\" in path:
             text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", lambda _: base_model or _UNNAMED, text)
     return text
-
-
-def _parsed(readme: str) -> ModelCard:
-    try:
-        return ModelCard(readme)
-    except (YAMLError, ValueError, TypeError) as error:
-        raise CorruptFileError(f"the YAML at the top of {CARD_NAME} cannot be read ({error}); correct it") from error
 
 
 def _bases(card: ModelCard) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from .adapters import Adapter
 from .config import NLSRConfig
 from .errors import CorruptFileError
+from .files import require_schema
 from .lowrank import LowRank, fingerprint
 from .selection import Decision
 from .storage import Spec, TensorFile, write_tensors
@@ -25,6 +26,29 @@ from .storage import Spec, TensorFile, write_tensors
 SCHEMA_VERSION = 1
 DIFF_NAME = "nlsr_diff.safetensors"
 ON_INPUTS, OF_WEIGHTS = "on the calibration inputs", "of the weights"  # what a truncation error is measured by
+_NULL = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "reason", "preset", "adapter_name", "reference"), (str,)),
+    **dict.fromkeys(("fingerprint_before", "fingerprint_after"), (str,)),
+    "base_model": (str, _NULL),
+    **dict.fromkeys(("modules", "notes"), (list,)),
+    **dict.fromkeys(("data", "versions"), (dict,)),
+}
+_MODULE_KINDS: dict[str, tuple[type, ...]] = {
+    "module": (str,),
+    "restored": (bool,),
+    "relative_change": (float, int, _NULL),
+    "truncation_error": (float, int),
+}
+_SAID = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    _NULL: "null",
+}
 _BASE_IN_CONFIG = re.compile(r'("base_model_name_or_path"\s*:\s*)("(?:[^"\\]|\\.)*"|null)')
 
 
@@ -172,6 +196,39 @@ def new_record(
         originals=dict(originals or {}),
         truncation_norm=truncation_norm,
     )
+
+
+def require_record(record: Mapping[str, Any], where: Path) -> None:
+    """Raise CorruptFileError unless a finished record read from ``where`` has this version's schema and its parts."""
+    require_schema(record, SCHEMA_VERSION, f"the record in {where}")
+    wrong = [
+        f"{place} is {'missing' if value is ... else repr(value)[:60]}, expected {_said(kinds)}"
+        for place, value, kinds in _parts(record)
+        if not isinstance(value, kinds)
+    ]
+    if wrong:
+        raise CorruptFileError(
+            f"the record in {where} is malformed in {len(wrong)} places: {'; '.join(wrong[:3])}. Realign the original "
+            "adapter again, or download the file again"
+        )
+
+
+def _said(kinds: tuple[type, ...]) -> str:
+    return " or ".join(_SAID[kind] for kind in kinds)
+
+
+def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+    """Each part of a record that is read: its place, its value (``...`` where it is missing), its possible kinds."""
+    for key, kinds in _KINDS.items():
+        yield key, record.get(key, ...), kinds
+    modules, notes, versions = (record.get(key) or () for key in ("modules", "notes", "versions"))
+    for i, module in enumerate(modules if isinstance(modules, list) else ()):
+        yield f"modules[{i}]", module, (dict,)
+        for key, kinds in _MODULE_KINDS.items() if isinstance(module, dict) else ():
+            yield f"modules[{i}].{key}", module.get(key, ...), kinds
+    for i, note in enumerate(notes if isinstance(notes, list) else ()):
+        yield f"notes[{i}]", note, (str,)
+    yield "versions.peft_nlsr", versions.get("peft_nlsr", ...) if isinstance(versions, dict) else ..., (str,)
 
 
 def write_diff(

@@ -7,8 +7,9 @@ unless :func:`register` is called.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,12 @@ class _Hook:
         self.owner, self.name = owner, name
         self.previous = vars(owner).get(name)
 
+    def bound(self) -> Any:
+        """The method that this one stands in for."""
+        return self.previous or getattr(type(self.owner), self.name).__get__(self.owner)
+
     def call_previous(self, *args: Any, **kwargs: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
+        return self.bound()(*args, **kwargs)
 
     def remove(self) -> None:
         if self.previous is None:
@@ -217,14 +220,29 @@ class _PushHook(_Hook):
     """
 
     def __call__(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        given = _given(self.bound(), (repo_id, *args), kwargs)
         self.published = True
         if self.previous is None:
-            return _push(self.owner, repo_id, *args, **kwargs)
+            return _push(self.owner, **given)
         done = self.previous(repo_id, *args, **kwargs)
-        revision = getattr(done, "pr_revision", None) or kwargs.get("revision")
+        revision = getattr(done, "pr_revision", None) or given.get("revision")
         message = "Safety record and model card"
-        _push(self.owner, repo_id, commit_message=message, token=kwargs.get("token"), revision=revision)
+        _push(self.owner, repo_id, commit_message=message, token=given.get("token") or None, revision=revision)
         return done
+
+
+def _given(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a bound method by name, those that it takes as ``**kwargs`` included.
+
+    Raises:
+        TypeError: the method does not take them.
+    """
+    signature = inspect.signature(method)
+    found = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(found.pop(name, {}))
+    return found
 
 
 _HOOKS: dict[str, type[_Hook]] = {
@@ -252,11 +270,19 @@ def _push(
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
     tags: list[str] | None = None,
+    use_temp_dir: bool | None = None,
+    safe_serialization: bool = True,
+    **others: Any,
 ) -> CommitInfo:
-    """Save the model beside the repository's present card and push the folder; the arguments of ``push_to_hub``.
+    """Save the model beside the repository's present card and push the folder; the arguments of ``push_to_hub`` of
+    any supported version of transformers.
 
     ``max_shard_size`` has no effect, as in PEFT: adapters are saved in one file.
+
+    Raises:
+        ValueError: an option that cannot be followed.
     """
+    _refuse_options(token, use_temp_dir, safe_serialization, others)
     access = token if isinstance(token, str) else None
     present = fetch(repo_id, CARD_NAME, revision=revision, token=access)
     with staging() as folder:
@@ -275,17 +301,32 @@ def _push(
                 filter(None, [commit_message or "Upload realigned adapter", commit_description])
             ),
             token=access,
-            delete=_unclaimed(model, folder),
+            delete=_unclaimed(model, folder, files_there(repo_id, revision=revision, token=access)),
         )
 
 
-def _unclaimed(model: Any, folder: Path) -> list[str]:
-    """What an earlier push may have claimed about the model's adapters and this one does not."""
+def _refuse_options(token: Any, use_temp_dir: bool | None, safe_serialization: bool, others: dict[str, Any]) -> None:
+    refused = {
+        "token=False": (token is False, "a push needs an access token; pass it, or log in"),
+        "use_temp_dir=False": (
+            use_temp_dir is False,
+            "a temporary folder is pushed; save_pretrained keeps one",
+        ),
+        "safe_serialization=False": (not safe_serialization, "only safetensors are written, never pickles"),
+        ", ".join(others): (bool(others), "they are not known here; leave them out"),
+    }
+    for option, (given, why) in refused.items():
+        if given:
+            raise ValueError(f"push_to_hub of a realigned adapter does not take {option}: {why}. Nothing was pushed")
+
+
+def _unclaimed(model: Any, folder: Path, there: Collection[str]) -> list[str]:
+    """Of the files ``there`` what an earlier push claimed about the model's adapters and this one does not."""
     homes = [
         folder if name == "default" or not isinstance(model, PeftModel) else folder / name
         for name in model.peft_config
     ]
-    return [path for home in homes for path in unclaimed(home, folder)]
+    return [path for home in homes for path in unclaimed(home, folder, there)]
 
 
 def _add_tags(readme: Path, tags: list[str]) -> None:
@@ -304,10 +345,16 @@ class _TrainerCardHook(_Hook):
             _refresh_cards(model, Path(self.owner.args.output_dir))
 
 
-def unclaimed_files(trainer: Any) -> list[str]:
-    """What an earlier push may have claimed about a trainer's adapters, and ``output_dir`` does not."""
+def unclaimed_files(trainer: Any, *, revision: str | None = None, token: str | None = None) -> list[str]:
+    """What an earlier push claimed on the Hub about a trainer's adapters, and ``output_dir`` does not.
+
+    ``revision`` and ``token`` are the trainer's own unless given.
+    """
     model = extract_model_from_parallel(trainer.model, keep_torch_compile=False)
-    return _unclaimed(model, Path(trainer.args.output_dir))
+    settings = trainer.args
+    revision, token = revision or settings.hub_revision, token or settings.hub_token
+    there = files_there(trainer.hub_model_id, revision=revision, token=token)
+    return _unclaimed(model, Path(settings.output_dir), there)
 
 
 class _TrainerPushHook(_Hook):
@@ -316,17 +363,15 @@ class _TrainerPushHook(_Hook):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         done = self.call_previous(*args, **kwargs)
         if self.owner.is_world_process_zero():
-            settings = self.owner.args
-            token = kwargs.get("token") or settings.hub_token
-            self._delete_unclaimed(kwargs.get("revision") or settings.hub_revision, token)
+            given, settings = _given(self.bound(), args, kwargs), self.owner.args
+            where = {
+                "revision": given.get("revision") or settings.hub_revision,
+                "token": given.get("token") or settings.hub_token,
+            }
+            if stale := unclaimed_files(self.owner, **where):
+                message = "Withdraw what was said of other weights"
+                delete_files(self.owner.hub_model_id, stale, message, **where)
         return done
-
-    def _delete_unclaimed(self, revision: str | None, token: str | None) -> None:
-        repo_id = self.owner.hub_model_id
-        there = files_there(repo_id, revision=revision, token=token)
-        stale = [path for path in unclaimed_files(self.owner) if path in there]
-        if stale and any(Path(path).name == CONFIG_NAME for path in there):  # else they are not ours
-            delete_files(repo_id, stale, "Withdraw what was said of other weights", revision=revision, token=token)
 
 
 _TRAINER_HOOKS: dict[str, type[_Hook]] = {"create_model_card": _TrainerCardHook, "push_to_hub": _TrainerPushHook}

@@ -7,6 +7,7 @@ knows PEFT; only safetensors and JSON are understood, never pickle.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from .errors import CorruptFileError
 from .files import sync, temporary_sibling
+
+logger = logging.getLogger(__name__)
 
 # In the order of the format's own enumeration: files list the later types first, which keeps every tensor aligned.
 _DTYPES: dict[str, torch.dtype] = {
@@ -121,11 +124,8 @@ def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None])
     Raises:
         FileExistsError: ``output`` exists and is not an empty folder.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(
-            f"{output} exists and is not an empty folder; nothing was written. Choose another output, or remove it."
-        )
+    output = require_new(output)
+    here = output.exists() and output.samefile(os.curdir)
     with temporary_sibling(output) as temporary:
         temporary.mkdir()
         fill(temporary)
@@ -135,6 +135,19 @@ def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None])
         # Only POSIX renames onto an empty folder.
         if output.exists():
             output.rmdir()
+    if here:
+        os.chdir(output)  # the folder in which this process stood is gone, another one has its name
+        logger.warning("%s was replaced by a new folder; a shell that stands in it enters it with: cd .", output)
+
+
+def require_new(output: str | os.PathLike[str]) -> Path:
+    """The absolute path of an output folder that does not exist yet or is empty, else FileExistsError."""
+    path = Path(os.path.abspath(output))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(
+            f"{output} exists and is not an empty folder; nothing was written. Choose another output, or remove it."
+        )
+    return path
 
 
 def require_finite(tensor: Tensor, what: str) -> None:

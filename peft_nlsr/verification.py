@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 
 from .adapter_folder import AdapterFolder, download_adapter
 from .adapters import CONFIG_FILE
@@ -24,7 +25,7 @@ from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text
-from .record import DIFF_NAME, Diff, fingerprint, versions
+from .record import DIFF_NAME, Diff, fingerprint, require_record, versions
 from .report import REPORT_NAME, SafetyReport
 
 SCHEMA_VERSION = 1
@@ -108,7 +109,10 @@ class _Folder:
         """The record of the finished realignment, or None."""
         path = self.home / CONFIG_NAME
         record = read_json(path).get("record") if path.is_file() else None
-        return record if isinstance(record, dict) and record.get("fingerprint_after") else None
+        if not isinstance(record, dict) or not record.get("fingerprint_after"):
+            return None
+        require_record(record, path)
+        return record
 
     def claim(self) -> Claim:
         """What the folder says, about its weights."""
@@ -119,6 +123,8 @@ class _Folder:
         return said
 
 
+# What values of the wrong kind raise, wherever they are met: in settings, in a report, in the data of a record.
+_MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, TemplateError)
 _Look = Callable[[_Folder], str | None]
 
 
@@ -126,9 +132,10 @@ def _check(name: str, look: _Look, folder: _Folder) -> Check:
     """What a look at a folder gives: a sentence, None where there is nothing to look at, or an error."""
     try:
         found = look(folder)
-    except (PeftNLSRError, ValueError, KeyError, TypeError, OSError) as error:
-        said = str(error) if isinstance(error, PeftNLSRError | ValueError | OSError) else f"malformed ({error!r})"
-        return Check(name, "failed", said)
+    except (PeftNLSRError, ValueError, OSError) as error:
+        return Check(name, "failed", str(error))
+    except _MALFORMED as error:
+        return Check(name, "failed", f"malformed ({error!r})")
     return Check(name, "absent", "not there, nothing to check") if found is None else Check(name, "passed", found)
 
 
@@ -197,6 +204,7 @@ def _report(folder: _Folder) -> str | None:
             raise CorruptFileError(f"there is none, but {RESULTS_NAME} holds results; remove it")
         return None
     report, record = SafetyReport.load(folder.home), folder.claim().record
+    require_record(report.record, folder.home / REPORT_NAME)
     differ = [
         key for key in ("method", "fingerprint_before", "fingerprint_after") if report.record[key] != record[key]
     ]

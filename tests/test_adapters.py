@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -1095,6 +1096,31 @@ def test_a_rank_that_does_not_fit_the_files_says_so(make_pico_lora: MakeLora, tm
     folder = AdapterFolder(save(make_pico_lora(), tmp_path / "a"))
     with pytest.raises(IncompatibleError, match=r"rank 8, which does not fit into rank 4.*larger rank_multiple"):
         folder.save_as(tmp_path / "b", exact_sums(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("r", None, "r gives rank None, expected a whole number above 0"),
+        ("r", 4.0, "r gives rank 4.0, expected a whole number above 0"),
+        ("lora_alpha", None, "lora_alpha gives alpha None, expected a finite number"),
+        ("lora_alpha", "8", "lora_alpha gives alpha '8', expected a finite number"),
+        ("lora_alpha", math.nan, "lora_alpha gives alpha nan, expected a finite number"),
+        ("lora_alpha", True, "lora_alpha gives alpha True, expected a finite number"),
+        ("alpha_pattern", {"q_proj": None}, r"alpha_pattern\.q_proj gives alpha None, expected a finite number"),
+        ("rank_pattern", {"nothing": 0}, r"rank_pattern\.nothing gives rank 0, expected a whole number above 0"),
+        ("rank_pattern", ["q_proj"], r"rank_pattern is \['q_proj'\], expected an object"),
+        ("alpha_pattern", "q_proj", "alpha_pattern is 'q_proj', expected an object"),
+    ],
+)
+def test_a_bad_number_in_the_configuration_is_named(
+    make_pico_lora: MakeLora, tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    save(make_pico_lora(), tmp_path / "a")
+    content = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(CorruptFileError, match=f"{CONFIG}: {words}"):
+        AdapterFolder(tmp_path / "a")
 
 
 # Quantised bases

@@ -144,6 +144,17 @@ def test_conv1d_weights_are_turned_around(tmp_path: Path) -> None:
     assert update.shape == (48, 16) and gap(update.dense(), D.T) < SINGLE
 
 
+def test_an_output_layer_outside_the_blocks_of_gpt2_is_not_turned_around(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config)
+    moved = shifted(model)
+    moved.save_pretrained(tmp_path / "aligned")
+    model.save_pretrained(tmp_path / "base")
+    extract((tmp_path / "aligned", tmp_path / "base"), tmp_path / "out", rank=16, modules=["lm_head"])
+    (update,) = open_adapter(tmp_path / "out").values()
+    assert update.shape == (20, 16) and gap(update.dense(), moved.lm_head.weight - model.lm_head.weight) < SINGLE
+
+
 @pytest.mark.parametrize("method", ["nlsr", "fgsn", "safelora", "resta"])
 def test_it_is_accepted_as_a_reference_for_an_adapter_of_the_base(
     pair: Any, tmp_path: Path, make_pico_lora: Any, method: str
@@ -376,8 +387,19 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         extract((tmp_path / "none", tmp_path / "none"), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        extract((tmp_path / "none", tmp_path / "none"), tmp_path / "out" / "mine.txt")
     with pytest.raises(ValueError, match="rank=0"):
         extract((tmp_path / "none", tmp_path / "none"), tmp_path / "new", rank=0)
+
+
+def test_the_current_folder_is_an_output_when_it_is_empty(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    extract(pair, Path("."))
+    assert len(open_adapter(".")) and not list(tmp_path.glob(".*"))
 
 
 # From the Hub

@@ -426,6 +426,37 @@ def test_evaluations_become_the_report_of_an_adapter(place: Path, run: Run) -> N
     assert "safety report: unclear" in run("report", "out")[1]
 
 
+def test_the_report_of_a_named_adapter_goes_into_the_card_above(
+    place: Path, run: Run, make_pico_lora: MakeLora
+) -> None:
+    drift(make_pico_lora(seed=0, adapter_name="mine")).save_pretrained("before")
+    model = nlsr_realign(
+        drift(make_pico_lora(seed=0, adapter_name="mine")),
+        NLSRConfig(update="sum"),
+        patch=SafetyPatch.load("patch"),
+        progress=False,
+    )
+    model.save_pretrained("named")
+    for folder in ("before/mine", "named/mine"):
+        assert run("evaluate", folder, "--base", "base", *PROMPTS, *JUDGE, "-o", f"{folder[:5]}.json")[0] == 0
+    code, _, err = run("report", "named/mine", "--before", "befor.json", "--after", "named.json", "--save")
+    assert code == 0 and "safety_report.json and the card." in plain(err), err
+    assert not (place / "named" / "mine" / "README.md").exists()
+    assert "refusal rate" in (place / "named" / "README.md").read_text()
+    assert run("verify", "named", "--adapter-name", "mine")[0] == 0
+
+
+def test_a_card_that_was_left_as_it_is_is_not_said_to_be_written(place: Path, run: Run) -> None:
+    run("realign", "adapter", "--patch", "patch", "-o", "out")
+    run("evaluate", "out", "--base", "base", *PROMPTS, *JUDGE, "-o", "out.json")
+    card = place / "out" / "README.md"
+    card.write_text(card.read_text().replace("<!-- nlsr:end -->", ""))
+    before = card.read_bytes()
+    code, _, err = run("report", "out", "--after", "out.json", "--save")
+    assert code == 0 and card.read_bytes() == before
+    assert "the card was left as it is" in plain(err) and "and the card" not in plain(err)
+
+
 def test_evaluations_of_other_weights_are_refused(place: Path, run: Run) -> None:
     run("realign", "adapter", "--patch", "patch", "-o", "out")
     for adapter in ("adapter", "out", "other"):
@@ -461,6 +492,17 @@ def test_an_amplified_reference_is_the_formula(place: Path, run: Run) -> None:
         assert torch.allclose(
             1.5 * expected.scale * expected.B @ expected.A, found.scale * found.B @ found.A, atol=1e-5
         )
+
+
+def test_an_amplified_reference_does_not_claim_what_was_said_of_the_adapter(place: Path, run: Run) -> None:
+    run("realign", "adapter", "--patch", "patch", "-o", "out")
+    card = place / "out" / "README.md"
+    other = "\n<!-- nlsr:begin mine -->\nof another adapter\n<!-- nlsr:end mine -->\n# Mine\n"
+    card.write_text(card.read_text() + other)
+    assert run("reference", "extrapolate", "out", "--beta", "0.5", "-o", "amplified")[0] == 0
+    text = (place / "amplified" / "README.md").read_text()
+    assert "# Mine" in text and "nlsr" not in text and "safety-realigned" not in text
+    assert not any("nlsr" in path.name for path in (place / "amplified").iterdir())
 
 
 def test_the_reference_that_messages_ask_for_serves_safelora(place: Path, run: Run) -> None:

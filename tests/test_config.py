@@ -177,10 +177,21 @@ def test_json_round_trip(preset: str) -> None:
 
 
 def test_unknown_keys_warn_by_name_and_the_rest_is_read() -> None:
-    values = {**NLSRConfig(beta=0.5).to_dict(), "schema_version": 9, "zeta": 1, "eta": 2}
-    with pytest.warns(UserWarning, match=f"unknown keys eta, zeta .*schema 9, this version reads {SCHEMA_VERSION}"):
+    values = {**NLSRConfig(beta=0.5).to_dict(), "zeta": 1, "eta": 2}
+    with pytest.warns(UserWarning, match=rf"unknown keys eta, zeta \(schema {SCHEMA_VERSION}\); upgrade peft_nlsr"):
         assert NLSRConfig.from_dict(values) == NLSRConfig(beta=0.5)
-    assert "zeta" in values
+    assert "zeta" in values and "schema_version" in values
+
+
+@pytest.mark.parametrize(("version", "advice"), [(SCHEMA_VERSION + 1, "upgrade peft_nlsr"), ("1", "write it again")])
+def test_settings_of_another_schema_are_refused(tmp_path: Path, version: Any, advice: str) -> None:
+    values = {**NLSRConfig().to_dict(), "schema_version": version, "zeta": 1}
+    words = f"found schema_version {version!r} in these settings, this version of peft_nlsr reads {SCHEMA_VERSION}"
+    with pytest.raises(CorruptFileError, match=rf"{words}; {advice}"):
+        NLSRConfig.from_dict(values)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": values}))
+    with pytest.raises(CorruptFileError, match=rf"{CONFIG_NAME}: {words}"):
+        NLSRConfig.from_pretrained(tmp_path)
 
 
 def test_a_value_out_of_range_in_a_file_is_refused(tmp_path: Path) -> None:

@@ -429,3 +429,38 @@ def test_a_value_that_does_not_fit_the_stored_type_stops_everything(tmp_path: Pa
     with pytest.raises(CorruptFileError, match=r"lora_. of model\..*cast to torch.float16,.*NaN or infinite"):
         realign_folder(tmp_path / "adapter", tmp_path / "out", patch=patch, config=EDITS["sum-all"])
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("action", ["revert", "realign"])
+def test_a_record_of_a_newer_version_is_refused(tmp_path: Path, make: Any, action: str) -> None:
+    _, adapter, patch = make()
+    realign_folder(adapter, tmp_path / "out", patch=patch)
+    content = json.loads((tmp_path / "out" / RECORD).read_text())
+    content["record"]["schema_version"] = 2
+    (tmp_path / "out" / RECORD).write_text(json.dumps(content))
+    with pytest.raises(CorruptFileError, match=r"found schema_version 2 in the record in .*nlsr_config.json.*upgrade"):
+        if action == "revert":
+            revert_folder(tmp_path / "out", tmp_path / "back")
+        else:
+            realign_folder(tmp_path / "out", tmp_path / "back", patch=patch)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_card_that_is_not_utf8_is_named_before_anything_is_written(tmp_path: Path, make: Any) -> None:
+    _, adapter, patch = make()
+    (adapter / "README.md").write_bytes("# Für alle".encode("latin-1"))
+    before = hashes(tmp_path)
+    with pytest.raises(CorruptFileError, match=rf"{adapter / 'README.md'} is not UTF-8 .*save it as UTF-8"):
+        realign_folder(adapter, tmp_path / "out", patch=patch)
+    assert hashes(tmp_path) == before
+
+
+def test_the_current_folder_is_an_output_when_it_is_empty(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, adapter, patch = make()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    done = realign_folder(adapter, ".", patch=patch)
+    assert fingerprint(open_adapter(".")) == done.fingerprint_after
+    assert Path.cwd() == tmp_path / "out" and "a shell that stands in it" in caplog.text

@@ -311,6 +311,16 @@ def test_a_record_that_does_not_describe_the_tensors_is_refused(
     assert RECORD_NAME in str(error.value)
 
 
+@pytest.mark.parametrize("scale", [None, "2", [], True, float("nan")])
+def test_a_scale_that_is_no_number_is_named(tmp_path: Path, patch: SafetyPatch, scale: Any) -> None:
+    patch.save(tmp_path)
+    modules = copy.deepcopy(patch.record["modules"])
+    modules[NAME]["scale"] = scale
+    change_record(tmp_path, modules=modules)
+    with pytest.raises(CorruptFileError, match=rf"{RECORD_NAME} gives {NAME} the scale .*expected a finite number"):
+        SafetyPatch.load(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"], ids=["empty", "broken", "list", "number"])
 def test_a_record_that_is_no_json_object_is_refused(tmp_path: Path, patch: SafetyPatch, text: str) -> None:
     patch.save(tmp_path)

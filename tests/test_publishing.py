@@ -189,6 +189,16 @@ def test_what_an_earlier_push_claimed_is_deleted(hub: LocalHub, folder: Path, ca
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["folder", "model"])
+def test_an_authors_own_pictures_are_no_claim(
+    hub: LocalHub, tuned: PeftModel, patch: SafetyPatch, folder: Path, live: bool
+) -> None:
+    mine = {"pareto.png": b"mine", "before_after.svg": b"mine", f"other/{CONFIG_NAME}": b"{}"}
+    hub.seed(REPO, mine)
+    push_realigned(nlsr_realign(tuned, patch=patch) if live else folder, REPO)
+    assert {WEIGHTS, CONFIG_NAME, *mine} <= hub[REPO].paths()
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "model"])
 def test_the_authors_words_on_the_hub_are_kept(
     hub: LocalHub, tuned: PeftModel, patch: SafetyPatch, folder: Path, live: bool
 ) -> None:

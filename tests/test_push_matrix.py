@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from peft_nlsr import nlsr_realign, register, revert, revert_folder, unregister
 from peft_nlsr.card import TAGS
 from peft_nlsr.record import DIFF_NAME
-from peft_nlsr.registration import keep_with_adapter, wrap_trainer
+from peft_nlsr.registration import keep_with_adapter, unclaimed_files, wrap_trainer
 
 BASE = "org/base"
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -151,6 +152,18 @@ def test_what_is_downloaded_is_realigned_and_says_so(trainer: Trainer, tmp_path:
             assert not (folder / "ref" / RECORD).exists() and f"ref/{WEIGHTS}" in files
 
 
+def test_a_trainer_withdraws_from_the_hub_what_it_claimed_of_other_weights(
+    trainer: Trainer,
+    hub: LocalHub,  # noqa: F811
+) -> None:
+    trainer.push_to_hub()
+    assert {RECORD, DIFF_NAME} <= hub["alice/trained"].paths()
+    train_on(trainer.model)
+    trainer.push_to_hub()
+    assert WEIGHTS in hub["alice/trained"].paths() and DIFF_NAME not in hub["alice/trained"].paths()
+    assert "nlsr" not in hub["alice/trained"].read(README).decode()
+
+
 # ---- model.push_to_hub, more closely
 
 
@@ -218,6 +231,104 @@ def test_revert_withdraws_the_claim_from_the_hub_at_the_next_push(
     files = downloaded(REPO, tmp_path)
     assert_no_claim(tmp_path)
     assert not {RECORD, DIFF_NAME} & set(files)
+
+
+@pytest.mark.parametrize("how", ["model", "trainer"])
+def test_a_push_leaves_an_authors_own_pictures_where_nothing_was_claimed(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    mine = {"pareto.png": b"mine", "similarity_map.svg": b"mine"}
+    hub.seed(REPO, mine)
+    if how == "model":
+        model.push_to_hub(REPO)
+        assert {WEIGHTS, RECORD, *mine} <= hub[REPO].paths()
+    else:
+        settings = SimpleNamespace(output_dir=str(tmp_path), hub_revision=None, hub_token=None)
+        assert unclaimed_files(SimpleNamespace(model=model, args=settings, hub_model_id=REPO)) == []
+
+
+# ---- the arguments of push_to_hub
+
+
+def of_transformers_4(
+    self: Any,
+    repo_id: str,
+    use_temp_dir: bool | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    max_shard_size: int | str | None = "5GB",
+    create_pr: bool = False,
+    safe_serialization: bool = True,
+    revision: str | None = None,
+    commit_description: str | None = None,
+    tags: list[str] | None = None,
+    **deprecated_kwargs: Any,
+) -> str:
+    raise AssertionError("the method that is stood in for")
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((None, "mine", True), {}),
+        ((), {"use_temp_dir": True, "commit_message": "mine", "private": True, "safe_serialization": True}),
+        ((None, "mine", True, True, "5GB", False, True, "v1"), {}),
+    ],
+    ids=["by position", "by name", "all by position"],
+)
+def test_the_arguments_are_those_of_the_method_that_is_stood_in_for(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(PeftModel, "push_to_hub", of_transformers_4)
+    model.push_to_hub(REPO, *args, **options)
+    revision = "v1" if "v1" in args else "main"
+    assert titles(hub, revision=revision)[0] == "mine" and hub[REPO].private
+    assert {WEIGHTS, RECORD} <= set(hub[REPO].files(revision))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"safe_serialization": False}, "only safetensors"),
+        ({"use_temp_dir": False}, "a temporary folder is pushed"),
+        ({"token": False}, "needs an access token"),
+        ({"repo_url": "x"}, "repo_url: they are not known"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_that_cannot_be_followed_is_refused(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+    monkeypatch: pytest.MonkeyPatch,
+    option: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.setattr(PeftModel, "push_to_hub", of_transformers_4)
+    with pytest.raises(ValueError, match=words):
+        model.push_to_hub(REPO, **option)
+    assert hub.requests == []
+
+
+def test_the_revision_that_another_library_got_by_position_is_followed(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+) -> None:
+    done = model.nlsr_realignment
+    pushed = type(model).push_to_hub
+    for name in ("push_to_hub", "create_or_update_model_card"):
+        delattr(model, name)
+    model.push_to_hub = lambda repo_id, revision: pushed(model, repo_id, commit_message="theirs", revision=revision)
+    keep_with_adapter(model, done)
+    model.push_to_hub(REPO, "v1")
+    assert titles(hub, revision="v1")[:2] == ["Safety record and model card", "theirs"] and hub[REPO].paths() == set()
 
 
 def test_the_card_follows_what_another_library_pushes(hub: LocalHub, model: PeftModel, tmp_path: Path) -> None:  # noqa: F811

@@ -326,6 +326,25 @@ def test_other_values_in_fewer_bits_are_not(tmp_path: Path, model: PeftModel) ->
     assert_no_claim(tmp_path)
 
 
+@pytest.mark.parametrize("factors", ["lora_", "lora_A"], ids=["one module", "one factor"])
+def test_modules_of_different_dtypes_come_back_bit_for_bit(
+    tmp_path: Path, make_pico_lora: MakeLora, factors: str
+) -> None:
+    def mixed(model: PeftModel) -> PeftModel:
+        for name, parameter in model.named_parameters():
+            if "layers.0." in name and factors in name:
+                parameter.data = parameter.data.bfloat16()
+        return model
+
+    model = drift(mixed(make_pico_lora(seed=0)))
+    model.save_pretrained(tmp_path / "before")
+    nlsr_realign(model, patch=make_patch(factors_of(make_pico_lora(seed=0)), selection="all"))
+    model.save_pretrained(tmp_path / "after")
+    assert_claims(tmp_path / "after")
+    revert_folder(tmp_path / "after", tmp_path / "back")
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "before" / WEIGHTS).read_bytes()
+
+
 # ---- several adapters
 
 
@@ -635,11 +654,22 @@ def test_files_without_a_card_get_one_and_lose_it_again(
     assert hashes(tmp_path / "back") == hashes(tmp_path / "in")
 
 
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "base_model: {}",
+        "base_model:\n- {}",
+        "base_model: [org/base, '{}']",
+        "base_model: org/base\ntags:\n- mine\n- base_model:adapter:{}",
+        "base_model:\n  {}",
+    ],
+    ids=["line", "list", "second of a list", "tag", "next line"],
+)
 def test_the_undo_does_not_repeat_a_path_of_this_machine(
-    tmp_path: Path, make_pico_lora: MakeLora, patch: SafetyPatch
+    tmp_path: Path, make_pico_lora: MakeLora, patch: SafetyPatch, yaml: str
 ) -> None:
     drift(make_pico_lora(seed=0)).save_pretrained(tmp_path / "in")
-    (tmp_path / "in" / README).write_text(f"---\nbase_model: {tmp_path}\n---\n# Mine\n")
+    (tmp_path / "in" / README).write_text(f"---\n{yaml.format(tmp_path)}\n---\n# Mine\n")
     realign_folder(tmp_path / "in", tmp_path / "out", patch=patch)
     for name in (DIFF_NAME, README, RECORD):
         assert str(tmp_path).encode() not in (tmp_path / "out" / name).read_bytes(), name
@@ -658,3 +688,16 @@ def test_an_old_section_in_the_input_is_replaced(tmp_path: Path, model: PeftMode
     assert_claims(tmp_path / "out")
     text = (tmp_path / "out" / README).read_text()
     assert text.count(BEGIN) == 1 and after not in text
+    revert_folder(tmp_path / "out", tmp_path / "back")
+    assert_no_claim(tmp_path / "back")
+
+
+def test_a_card_that_is_not_utf8_does_not_stop_a_save(
+    tmp_path: Path, model: PeftModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path)
+    train_on(model)
+    (tmp_path / README).write_bytes("# Für alle".encode("latin-1"))
+    with caplog.at_level(logging.WARNING, "peft_nlsr"):
+        model.peft_config["default"].save_pretrained(str(tmp_path))
+    assert "is not UTF-8" in caplog.text

@@ -1,17 +1,22 @@
 """Verification: what a realigned adapter says is compared with its weights, and each kind of untruth is found."""
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import randomise_lora
 from hub_fixtures import hub, hub_client  # noqa: F401
 from local_hub import LocalHub
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import drift, factors_of, hashes, make_patch
+from transformers import LlamaForCausalLM
 
 from peft_nlsr import NLSRConfig, PeftNLSRError, nlsr_realign, realign_folder, revert_folder
 from peft_nlsr.config import CONFIG_NAME
@@ -235,3 +240,100 @@ def test_a_swapped_report_is_not_taken_for_the_adapters(home: Path, tmp_path: Pa
     other = realigned(make_pico_lora, tmp_path / "other", update="swap")
     shutil.copyfile(other / REPORT_NAME, home / REPORT_NAME)
     assert failed(verify_folder(home)) == ["report", "card"]
+
+
+WRONG: tuple[object, ...] = (..., None, [], {}, "x", 5)  # ... takes the key away
+
+
+def inner(folder: Path, part: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A file, all of its content, and the object in it of which a test changes a key."""
+    path = folder / (REPORT_NAME if part == "report" else CONFIG_NAME)
+    content = json.loads(path.read_text())
+    return path, content, content["record" if part == "report" else part]
+
+
+@pytest.fixture(scope="module")
+def realigned_once(tmp_path_factory: pytest.TempPathFactory, _pico_llama_original: LlamaForCausalLM) -> Path:
+    def make(seed: int) -> PeftModel:
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(copy.deepcopy(_pico_llama_original), config)
+        randomise_lora(model, "default", seed=seed)
+        return model
+
+    folder = tmp_path_factory.mktemp("realigned")
+    patch = make_patch(factors_of(make(0)))
+    model = nlsr_realign(drift(make(0)), NLSRConfig(update="sum"), patch=patch, progress=False)
+    keep_with_adapter(model, model.nlsr_realignment, report_of(model.nlsr_realignment))
+    model.save_pretrained(folder)
+    assert verify_folder(folder).verified
+    return folder
+
+
+KEYS = [
+    *(
+        ("record", key)
+        for key in (
+            "schema_version method reason preset base_model adapter_name reference modules data notes versions "
+            "fingerprint_before fingerprint_after"
+        ).split()
+    ),
+    *(("config", key) for key in ("schema_version", "preset", "method", "compress")),
+    *(("report", key) for key in ("method", "reason", "modules", "data", "notes", "versions", "fingerprint_before")),
+]
+
+
+@pytest.mark.parametrize(("part", "key"), KEYS, ids=lambda word: word)
+def test_a_value_of_the_wrong_kind_is_a_failed_check(realigned_once: Path, part: str, key: str) -> None:
+    path, content, changed = inner(realigned_once, part)
+    original, text = changed[key], path.read_text()
+    optional = {"base_model": None, "schema_version": ...}
+    try:
+        for wrong in WRONG:
+            if type(wrong) is type(original) or optional.get(key, 0) is wrong or (part == "config" and wrong is ...):
+                continue
+            changed[key] = wrong
+            if wrong is ...:
+                del changed[key]
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            found = verify_folder(realigned_once)
+            assert [check.name for check in found.checks] == CHECKS
+            assert not found.verified and all(check.detail for check in found.checks), wrong
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (("modules", 0), r"modules\[0\] is 5, expected an object"),
+        (("modules", 0, "restored"), r"modules\[0\].restored is 5, expected true or false"),
+        (("modules", 0, "truncation_error"), r"modules\[0\].truncation_error is 'x', expected a number"),
+        (("versions", "peft_nlsr"), "versions.peft_nlsr is 5, expected text"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_value_deep_in_a_record_is_a_failed_check(
+    home: Path, place: tuple[str | int, ...], words: str
+) -> None:
+    path, content, changed = inner(home, "record")
+    target: Any = changed
+    for step in place[:-1]:
+        target = target[step]
+    target[place[-1]] = "x" if place[-1] == "truncation_error" else 5
+    path.write_text(json.dumps(content))
+    found = verify_folder(home)
+    assert not found.verified
+    assert re.search(words, {check.name: check.detail for check in found.checks}["record"])
+
+
+def test_data_of_the_wrong_kind_in_a_report_is_a_failed_check(home: Path) -> None:
+    edit_json(REPORT_NAME, "record", "data", "utility", value=5)(home)
+    found = verify_folder(home)
+    assert failed(found) == ["card"] and found.checks[-1].detail.startswith("malformed (")
+
+
+@pytest.mark.parametrize("part", ["config", "record"])
+def test_a_folder_of_a_newer_version_is_not_verified(home: Path, part: str) -> None:
+    edit_json(CONFIG_NAME, part, "schema_version", value=2)(home)
+    record = next(check for check in verify_folder(home).checks if check.name == "record")
+    assert record.status == "failed" and "found schema_version 2" in record.detail and "upgrade" in record.detail

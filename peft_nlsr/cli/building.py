@@ -239,6 +239,7 @@ def extrapolate_reference(
     Example: peft-nlsr reference extrapolate ./aligned --weak ./sft -o ./amplified
     """
     from ..adapter_folder import open_adapter
+    from ..claims import withdraw_copied
     from ..config import CHOICES
     from ..reference import extrapolate
 
@@ -249,7 +250,7 @@ def extrapolate_reference(
     weaker = None if weak is None else open_adapter(weak)
     updates, errors = extrapolate(source, weaker, beta=beta, form=form)
     if target is not None:
-        source.save_as(target, updates)
+        source.save_as(target, updates, finish=withdraw_copied)
     worst = max(errors, key=lambda name: errors[name])
     result = {"modules": len(updates), "beta": beta, "form": form, "truncation_errors": errors}
     said = f"{len(updates)} modules amplified with beta {beta} ({form}); largest truncation error {errors[worst]:.4f}"

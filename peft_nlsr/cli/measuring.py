@@ -194,8 +194,8 @@ def report(
         usage_error("--save keeps new evaluations: give --before and --after")
     page = None if html is None else _page(found)
     if save:
-        _save_report(adapter, found)
-        say(f"Wrote {adapter / 'safety_report.json'} and the card.")
+        card = _save_report(adapter, found)
+        say(f"Wrote {adapter / 'safety_report.json'}{' and the card' if card else '; the card was left as it is'}.")
     if html is not None and page is not None:
         write_new_text(html, page)
         say(f"Wrote {html}.")
@@ -266,19 +266,19 @@ def _evaluation(path: Path) -> Any:
         ) from error
 
 
-def _save_report(adapter: Path, found: SafetyReport) -> None:
-    """Put a report beside the weights that it is about, and into their card.
+def _save_report(adapter: Path, found: SafetyReport) -> bool:
+    """Put a report beside the weights that it is about, and into their card; whether the card could be written.
 
     Raises:
         PeftNLSRError: the weights are not those of the record.
     """
     from ..adapter_folder import AdapterFolder
-    from ..claims import Claim, write_claim
+    from ..claims import Claim, readme_of, write_claim
     from ..errors import PeftNLSRError
-    from ..hub import CARD_NAME
 
     claim = Claim.read(adapter)
     true = None if claim is None else claim.about(AdapterFolder(adapter))
     if true is None:
         raise PeftNLSRError(f"the weights in {adapter} are not those of its record, so no report was written")
-    write_claim(adapter, replace(true, report=replace(found, record=true.record)), adapter / CARD_NAME)
+    readme = readme_of(adapter, true.record["adapter_name"])
+    return write_claim(adapter, replace(true, report=replace(found, record=true.record)), readme)
