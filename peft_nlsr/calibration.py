@@ -379,7 +379,7 @@ def _one_batch(
 ) -> int:
     device = input_device(adapter.model)
     if gradients == "preference_snip" and not {"chosen", "rejected"} <= set(batch):
-        raise CalibrationError(f"{_PAIRS_NEEDED}; found a batch with the keys {', '.join(sorted(batch))}")
+        raise CalibrationError(f"{_PAIRS_NEEDED}; found the keys {', '.join(sorted(batch))}")
     plain = _on(batch["chosen"] if gradients == "preference_snip" else batch, device)
     running.mask.set(plain, encoder is not None)
     with running.hooks(adapter.layers, encoder), torch.no_grad():
