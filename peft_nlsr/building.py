@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .adapters import Adapter
-from .calibration import SafetyStatistics, calibrate
+from .calibration import SafetyStatistics, calibrate, require_no_pairs
 from .config import NLSRConfig
 from .examples import collated
 from .generation import find_tokenizer
@@ -84,6 +84,7 @@ def _collected(
     judge: Judge,
     progress: bool,
 ) -> SafetyStatistics:
+    require_no_pairs(config)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(adapter.model)
     data = answer_safety_prompts(
         adapter, calibration=calibration, tokenizer=tokenizer, judge=judge, config=config, progress=progress

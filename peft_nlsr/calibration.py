@@ -33,6 +33,11 @@ from .storage import TensorFile, write_tensors
 SCHEMA_VERSION = 1
 TENSORS_NAME = "safety_statistics.safetensors"
 RECORD_NAME = "safety_statistics.json"
+_PAIRS_NEEDED = (
+    "preference_snip needs batches {'chosen': batch, 'rejected': batch}, which are not made from rows of data: give "
+    "them to collect_statistics(..., gradients='preference_snip') and build the patch from what it returns with "
+    "build_nlsr_patch, or take another score"
+)
 
 
 class SafetyStatistics(Mapping[str, ModuleStatistics]):
@@ -374,10 +379,7 @@ def _one_batch(
 ) -> int:
     device = input_device(adapter.model)
     if gradients == "preference_snip" and not {"chosen", "rejected"} <= set(batch):
-        raise CalibrationError(
-            "gradients='preference_snip' needs batches {'chosen': batch, 'rejected': batch}, found the keys "
-            f"{', '.join(sorted(batch))}"
-        )
+        raise CalibrationError(f"{_PAIRS_NEEDED}; found the keys {', '.join(sorted(batch))}")
     plain = _on(batch["chosen"] if gradients == "preference_snip" else batch, device)
     running.mask.set(plain, encoder is not None)
     with running.hooks(adapter.layers, encoder), torch.no_grad():
@@ -412,8 +414,7 @@ def collect_sequential(
     Raises:
         ValueError: another score, for which the release's order has no forward pass of its own.
     """
-    if config.score not in ("low_rank", "wanda"):
-        raise ValueError(f"sequential=True needs score low_rank or wanda, got {config.score!r}")
+    _require_sequential(config)
     adapter = model if isinstance(model, LiveAdapter) else LiveAdapter(model, adapter_name)
     require_active(adapter)
     used = adapter.snapshot() if factors is None else dict(factors)
@@ -446,6 +447,11 @@ def collect_sequential(
     return SafetyStatistics(running.finish(), _record(adapter, config.calibration_tokens, "reference", None, samples))
 
 
+def _require_sequential(config: NLSRConfig) -> None:
+    if config.score not in ("low_rank", "wanda"):
+        raise ValueError(f"sequential=True needs score low_rank or wanda, got {config.score!r}")
+
+
 def _reduced(update: LowRank, statistics: ModuleStatistics, config: NLSRConfig) -> LowRank:
     if config.score == "low_rank":
         A, B = low_rank_factors(update, statistics.z_gram, rank_kept(update.rank, config))
@@ -461,8 +467,18 @@ def calibrate(
     *,
     progress: bool = True,
 ) -> SafetyStatistics:
-    """Statistics of a pre-amplified reference as the config asks: whose activations, which tokens, which order."""
+    """Statistics of a pre-amplified reference as the config asks: whose activations, which tokens, which order.
+
+    Raises:
+        ValueError: ``sequential`` with another model than the reference, or with a score that has no such order.
+    """
     if config.sequential:
+        _require_sequential(config)
+        if config.calibration_model != "reference":
+            raise ValueError(
+                "sequential=True calibrates the reference block by block, found calibration_model="
+                f"{config.calibration_model!r}; set calibration_model='reference' too, or sequential=False"
+            )
         return collect_sequential(model, batches, factors=reference.updates, config=config, progress=progress)
     return collect_statistics(
         model,
@@ -474,6 +490,12 @@ def calibrate(
         codes=needs_codes(config),
         progress=progress,
     )
+
+
+def require_no_pairs(config: NLSRConfig) -> None:
+    """Raise CalibrationError for the score that rows of data, as callers give them, are not enough for."""
+    if config.score == "preference_snip":
+        raise CalibrationError(_PAIRS_NEEDED)
 
 
 def needs_codes(config: NLSRConfig) -> bool:

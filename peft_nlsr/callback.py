@@ -25,28 +25,30 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import CONFIG_FILE
 from .applying import adopt, forget_realignments
+from .calibration import require_no_pairs
 from .config import NLSRConfig
 from .defaults import MAX_NEW_TOKENS, TOLERANCE
 from .distributed import gathered_factors, on_replicas, write_updates
 from .errors import PeftNLSRError, UnsupportedAdapterError
 from .evaluation import Metric
-from .examples import Example, rows_of, sample
+from .examples import Example, read_examples, rows_of, sample
 from .files import write_json
 from .gate import Measure, Outcome, measured, monitor
 from .generation import find_tokenizer
 from .hub import push_folder, stale_checkpoints
 from .judges import Judge, refuses
 from .live_adapter import LiveAdapter
+from .lowrank import LowRank
 from .measuring import EvaluationSettings
 from .patch import SafetyPatch
 from .plots import save_plots
 from .processes import on_every_rank
 from .projection import require_delta
-from .prompt_sets import PromptSet
+from .prompt_sets import PromptSet, require_prompt_sets
 from .ranks import Ranks
 from .realign import choose_method, plan, takes_delta, takes_utility
 from .record import Realignment
-from .reference import BASE_REFERENCE, Reference, read_reference, starting_point
+from .reference import BASE_REFERENCE, Reference, opened, read_reference, require_same_modules, starting_point
 from .registration import unclaimed_files, wrap_trainer
 from .screening import refused_rows, safest
 
@@ -125,7 +127,13 @@ class NLSRCallback(TrainerCallback):
         if evaluate is False and (mode == "monitor" or task is not None):
             why = "mode='monitor' only measures" if mode == "monitor" else "task=... is only measured"
             raise ValueError(f"{why}, so evaluate=False leaves nothing to do with it")
-        if not isinstance(evaluate, bool) and not any(each.kind == "safety" for each in evaluate):
+        if config is not None and not isinstance(config, NLSRConfig):
+            raise ValueError(
+                f"config={config!r} is a {type(config).__name__}; give an NLSRConfig, for a preset "
+                "NLSRConfig.from_preset('paper')"
+            )
+        sets = None if isinstance(evaluate, bool) else require_prompt_sets(evaluate, "evaluate")
+        if sets is not None and not any(each.kind == "safety" for each in sets):
             raise ValueError("evaluate=[prompt sets] needs one of kind 'safety' to measure the harm rate with")
         if not 0.0 <= tolerance <= 1.0:
             raise ValueError(f"tolerance={tolerance!r} must be in [0, 1]")
@@ -133,6 +141,7 @@ class NLSRCallback(TrainerCallback):
         self.patch, self.reference, self.weak = patch, reference, weak
         self.calibration, self.utility = _kept(calibration), _kept(utility)
         self.tokenizer, self.judge, self.adapter_name = tokenizer, judge, adapter_name
+        self._tokenizer = tokenizer  # the one in use: the given one, else of the trainer that is training
         self.mode, self.tolerance = mode, tolerance
         self.push_to_hub, self.push_unaligned = push_to_hub, push_unaligned
         self.defer_checkpoint_pushes = defer_checkpoint_pushes
@@ -143,7 +152,7 @@ class NLSRCallback(TrainerCallback):
         self.asked: EvaluationSettings | None = None
         if evaluate is not False:
             self.asked = EvaluationSettings(
-                prompts=None if evaluate is True else tuple(evaluate),
+                prompts=sets,
                 task=task,
                 judge=judge,
                 harm_judge=harm_judge,
@@ -166,7 +175,9 @@ class NLSRCallback(TrainerCallback):
     # The events' other keywords differ between versions of transformers and are not needed.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        found = self.trainer or _find_trainer(args)
+        # One callback may serve several trainers in turn, and must not save the model of another one.
+        found = _find_trainer(args) or self.trainer
+        self.trainer = found = found if found is None or found.args is args else None
         if found is None:
             logger.warning(
                 "NLSRCallback found no trainer, so metrics are not reported, reporters run first and TRL's cards lose "
@@ -187,18 +198,39 @@ class NLSRCallback(TrainerCallback):
         factors = gathered_factors(model, self.adapter_name)
         if isinstance(self.patch, str | Path):
             self.patch = SafetyPatch.from_pretrained(self.patch)
-        if self.tokenizer is None and self.trainer is not None:
-            processor = getattr(self.trainer, "processing_class", None)
-            self.tokenizer = getattr(processor, "tokenizer", processor)
-        if self.tokenizer is None and (self.patch is None or self.asked is not None or self.utility is not None):
-            self.tokenizer = find_tokenizer(model)
-        asked = Measure(self.asked, self.tokenizer).askable()
+        self._tokenizer = self._usable_tokenizer(model)
+        asked = Measure(self.asked, self._tokenizer).askable()
         if asked is not None:
-            asked.require_room(model, self.tokenizer)
+            asked.require_room(model, self._tokenizer)
+        self._require_readable(factors)
         # After a resume the adapter is half fine-tuned already, and nobody's idea of safe.
         self._start = starting_point(factors) if state.global_step == 0 else BASE_REFERENCE
         if self.mode == "repair" and takes_delta(self.config):
             require_delta(self._start if self.reference is None else self.reference, self.config.method)
+
+    def _usable_tokenizer(self, model: Any) -> Any:
+        """The given tokenizer, else the trainer's, else the base model's where one is needed."""
+        found = self.tokenizer
+        if found is None and self.trainer is not None:
+            processor = getattr(self.trainer, "processing_class", None)
+            found = getattr(processor, "tokenizer", processor)
+        if found is None and (self.patch is None or self.asked is not None or self.utility is not None):
+            found = find_tokenizer(model)
+        return found
+
+    def _require_readable(self, factors: Mapping[str, LowRank]) -> None:
+        """Open the reference and read a row of the caller's data, as far as they will be used."""
+        if self.patch is None:
+            given = self.reference.updates if isinstance(self.reference, Reference) else opened(self.reference)
+            if given is not None and self.config.method == "nlsr":
+                require_same_modules(factors, given)
+            opened(self.weak)
+            if self.mode == "repair" and self.config.method == "nlsr" and self.config.update in ("sum", "swap"):
+                require_no_pairs(self.config)
+        for rows in (self.calibration if self.patch is None else None, self.utility):
+            if rows is not None:
+                with torch.random.fork_rng(devices=[]):  # a data loader draws from it, and training must not notice
+                    read_examples(rows, self._tokenizer, limit=1, max_length=self.config.max_length)
 
     def _defer_pushes(self, args: Any) -> None:
         if (
@@ -263,7 +295,7 @@ class NLSRCallback(TrainerCallback):
 
     def _work(self, plain: Any, loader: Any, progress: bool, ranks: Ranks) -> Outcome:
         """Everything that needs the whole model; it is left as it was found, and all ranks get the same outcome."""
-        measure = Measure(self.asked, self.tokenizer, self.tolerance, progress)
+        measure = Measure(self.asked, self._tokenizer, self.tolerance, progress)
         if self.mode == "monitor":
             teacher = self._safe_teacher(plain, progress, ranks)
             return ranks.first(lambda: monitor(plain, teacher, measure, adapter_name=self.adapter_name))
@@ -279,7 +311,7 @@ class NLSRCallback(TrainerCallback):
             weak=self.weak,
             calibration=self.calibration,
             utility=rows if taken else None,
-            tokenizer=self.tokenizer,
+            tokenizer=self._tokenizer,
             judge=self.judge,
             adapter_name=self.adapter_name,
             data_parallel=ranks.count > 1,
@@ -303,7 +335,7 @@ class NLSRCallback(TrainerCallback):
             LiveAdapter(plain, self.adapter_name),
             (self._start, BASE_REFERENCE),
             calibration=self.calibration,
-            tokenizer=self.tokenizer,
+            tokenizer=self._tokenizer,
             judge=self.judge,
             config=self.config,
             progress=progress,
@@ -313,7 +345,7 @@ class NLSRCallback(TrainerCallback):
     def _utility(self, loader: Any) -> list[Example]:
         """The user's data, read once."""
         source = self.utility if self.utility is not None else None if loader is None else rows_of(loader)
-        return [] if source is None else sample(source, self.tokenizer, self.config, times=2)
+        return [] if source is None else sample(source, self._tokenizer, self.config, times=2)
 
     def _takes_rows(self, plain: Any, reference: Any) -> bool:
         """Whether the repair that will be chosen is made with the user's data."""

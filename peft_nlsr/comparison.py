@@ -21,6 +21,7 @@ from .config import NLSRConfig
 from .controls import BENIGN, CONTROLS, MATCHED, Size, as_realignment, entries_of, size_of
 from .errors import CorruptFileError, PeftNLSRError
 from .evaluation import Evaluation, Measurement, paired_tests
+from .examples import sample
 from .files import read_json, write_json
 from .gate import ANSWERS, AnswerRows, drawn_answers, with_answers
 from .intervals import McNemar, student_mean, wilson
@@ -31,11 +32,12 @@ from .plots import pareto
 from .record import Realignment, versions
 from .report import metric, say_p, say_value
 from .result_file import OTHERWISE, ResultFile, key_of
-from .screening import refused_rows
+from .screening import refused_rows, rows_fitted, rows_meant
 
 SCHEMA_VERSION = 1
 FINE_TUNED = "fine-tuned"
 REMOVED = "adapter removed"
+_FEWEST_UNSEEN = 20  # rows that a repair was not fitted to, below which all are measured, as by the gate
 _SHOWN = ("harm_rate", "over_refusal", "coherence", "task_accuracy", ANSWERS)
 
 
@@ -246,10 +248,18 @@ class Comparison:
         said = [] if first is None else [f"judges: {'; '.join(first.judges)}"]
         if first is not None and ANSWERS in first.rates:
             said.append(
-                f"{metric(ANSWERS).label}: tokens of your own answers, on {first.settings['answer_rows']}; a method "
-                "and its controls without those that its screening took out"
+                f"{metric(ANSWERS).label}: tokens of your own answers; a method and its controls without the rows "
+                f"that its screening took out or that it was fitted to{self._fitted_said()}"
             )
         return said + ([f"means of {seeds} seeds; the paired test is the weakest of them"] if seeds > 1 else [])
+
+    def _fitted_said(self) -> str:
+        """Of which names answers were measured on rows that the repair was fitted to."""
+        seen = AnswerRows(unseen=False).source
+        names = {r.name for r in self.rows if r.evaluation and r.evaluation.settings.get("answer_rows") == seen}
+        shown = [name for name in self.names if name in names]
+        few = f"fewer than {_FEWEST_UNSEEN} others were left"
+        return f", but of {', '.join(shown)} with the latter, because {few}" if shown else ""
 
 
 def compare(
@@ -382,6 +392,8 @@ class _Run:
         if (kept := self._kept(key)) is not None:
             return kept
         found = self._measure(FINE_TUNED, self.made_with["adapter"], self.answers)
+        # There is no repair yet whose rows these could be.
+        found = replace(found, settings={k: v for k, v in found.settings.items() if k != "answer_rows"})
         row = Row(FINE_TUNED, "none", 0, None, "", None, found, None, self.made_with["adapter"], 0.0)
         return self._keep(key, row)
 
@@ -404,13 +416,13 @@ class _Run:
         kind = "method" if what == "method" else "control"
         blank = Row(label, kind, seed, method.config.preset, "", None, None, None, None, 0.0)
         try:
-            planned, entries, refused = self._plan(what, method, seed)
+            planned, entries, answers = self._plan(what, method, seed)
         except (PeftNLSRError, ValueError) as error:
             return replace(blank, refused=str(error))  # not kept, so that it is tried again
         seconds = time.perf_counter() - start
         done = apply(self.model, planned)
         try:
-            found = self._measure(label, str(done.fingerprint_after), self.answers.without(refused))
+            found = self._measure(label, str(done.fingerprint_after), answers)
         finally:
             revert(self.model, self.adapter_name)
         said = planned.reason if kind == "control" else f"{planned.method}, reference: {planned.reference}"
@@ -418,18 +430,29 @@ class _Run:
         row = replace(blank, said=said, size=size, evaluation=found, seconds=seconds)
         return self._keep(key, replace(row, fingerprint=done.fingerprint_after))
 
-    def _plan(self, what: str, method: Method, seed: int) -> tuple[Realignment, int, set[int]]:
-        """The plan of a row, the entries that it decides upon, and the user's rows that its method screened out."""
+    def _plan(self, what: str, method: Method, seed: int) -> tuple[Realignment, int, AnswerRows]:
+        """The plan of a row, the entries that it decides upon, and the user's rows that it is measured on."""
         seeded = replace(method, config=method.config.replace(nlsr_seed=method.config.nlsr_seed + seed))
         benign = self._plan_benign(seeded) if what == BENIGN else None
         planned = self._plan_method(seeded, seed)
-        refused = refused_rows(planned.realignment.data)
+        meant = self.answers.without(refused_rows(planned.realignment.data))
         if what not in MATCHED:
             own = benign or planned
-            return own.realignment, sum(map(sum, entries_of(own).values())), refused
+            return own.realignment, sum(map(sum, entries_of(own).values())), self._unseen(meant, own.realignment)
         generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(f"{what} {method.name}".encode()))
         control = MATCHED[what](planned, generator)
-        return as_realignment(self.planner.adapter, what, control, planned), control.entries, refused
+        done = as_realignment(self.planner.adapter, what, control, planned)
+        return done, control.entries, self._unseen(meant, planned.realignment)
+
+    def _unseen(self, meant: AnswerRows, planned: Realignment) -> AnswerRows:
+        """The rows without those that the repair was fitted to, which differ by seed, where enough others are left."""
+        count = rows_fitted(planned.data)
+        if not count or not meant.rows:
+            return replace(meant, unseen=True)
+        drawn = sample(self.planner.utility or (), self.planner.tokenizer, planned.config, times=2)
+        left = meant.without({e.index for e in rows_meant(drawn, planned.data)[:count]})
+        unseen = len(left.rows) >= min(_FEWEST_UNSEEN, len(meant.rows))
+        return replace(left if unseen else meant, unseen=unseen)
 
     def _plan_method(self, method: Method, seed: int) -> Planned:
         key = (method.name, seed)

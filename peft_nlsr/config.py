@@ -101,7 +101,11 @@ class NLSRConfig:
         0.9, "Pre-amplification: dW_e = (1 + beta) dW_a - beta dW_0 (eq. 2). Larger is safer and ruder."
     )
     extrapolation: str = _knob("exact", "exact on dW, or released (A and B both multiplied by 2 beta).")
-    score: str = _knob("low_rank", "Which entries of the reference are safety-critical.")
+    score: str = _knob(
+        "low_rank",
+        "Which entries of the reference are safety-critical; preference_snip takes statistics of batches of pairs, "
+        "chosen and rejected (collect_statistics), which only build_nlsr_patch makes a patch of.",
+    )
     sparsity: float = _knob(0.8, "P_SR: share of entries left out of the safety region; 0.8 keeps the top 20%.")
     low_rank_rule: str = _knob(
         "paper", "low_rank keeps r - int(r P_SR) directions (paper) or int(r P_SR) with a strict threshold (released)."

@@ -34,7 +34,7 @@ from .intervals import McNemar, bootstrap_mean, mcnemar, wilson
 from .judges import Judge, coherent, judge_name, refuses, verdicts_of
 from .live_adapter import LiveAdapter
 from .lowrank import fingerprint
-from .prompt_sets import PromptSet, builtin_prompt_set, prompt_text, require_unseen
+from .prompt_sets import PromptSet, builtin_prompt_set, prompt_text, require_prompt_sets, require_unseen
 from .prompts import KINDS
 
 Metric = Callable[[Sequence[str], Sequence[str]], Sequence[bool] | Sequence[float]]
@@ -351,7 +351,9 @@ class _Judges:
 
 
 def _difference(now: Counts, before: Counts) -> Counts:
-    return {role: {what: n - before[role][what] for what, n in counts.items()} for role, counts in now.items()}
+    """What was counted since; a judge may begin to count something, or to count at all, when it is asked."""
+    start = {role: before.get(role, {}) for role in now}
+    return {role: {what: n - start[role].get(what, 0) for what, n in counts.items()} for role, counts in now.items()}
 
 
 def _ask_judge(judge: Judge, answers: Sequence[_Answer], sound: Mapping[str, bool]) -> dict[str, bool]:
@@ -473,7 +475,9 @@ def require_askable(
         ValueError: sets of the wrong kind or with the same ids, none at all, or a metric that cannot score the task's
             own answers.
     """
-    sets = [builtin_prompt_set(kind) for kind in KINDS] if prompts is None else list(prompts)
+    sets = [builtin_prompt_set(kind) for kind in KINDS] if prompts is None else require_prompt_sets(prompts, "prompts")
+    if task is not None and not isinstance(task, PromptSet):
+        raise ValueError(f"task={task!r}: expected a prompt set, like load_prompt_set('task.jsonl', kind='task')")
     if any(s.kind == "task" for s in sets) or (task is not None and task.kind != "task"):
         raise ValueError("prompt sets of kind 'task', and only they, are passed as task=...")
     sets += [task] if task is not None else []
@@ -542,16 +546,15 @@ def _speaking_as(model: Any, adapter_name: str | None) -> Iterator[None]:
 
 
 def _fingerprint(model: Any) -> str | None:
-    """Of the one LoRA adapter that the model computes with, if it is one; sharded factors have none."""
+    """Of the one LoRA adapter that the model computes with, if it is one."""
     if not getattr(model, "peft_config", None):
         return None
     try:
         adapter = LiveAdapter(model)
-    except (PeftNLSRError, ValueError):  # another kind of adapter, or several: evaluated all the same
+    except (PeftNLSRError, ValueError):  # another kind of adapter, several, or sharded: evaluated all the same
         return None
     off = any(layer.disable_adapters for layer in adapter.layers.values())
-    sharded = any(hasattr(update.A, "full_tensor") for update in adapter.values())
-    return None if off or sharded else fingerprint(adapter)
+    return None if off else fingerprint(adapter)
 
 
 def _task_scores(responses: Sequence[str], task: PromptSet, metric: Metric) -> dict[str, float | bool]:

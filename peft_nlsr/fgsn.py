@@ -205,10 +205,10 @@ def _notes(dimension: Dimension, edited: Mapping[str, Tensor]) -> tuple[str, ...
             "onto and they are left alone"
         )
     if not edited:
-        notes.append(
-            f"no row was edited: {dimension.shared} rows were found, but earlier dimensions cover them; a larger "
-            "harmful_rows or smaller utility_rows finds more"
-        )
+        why = f"{dimension.shared} rows were found, but earlier dimensions cover them"
+        if not dimension.shared:
+            why = "no row to project was found"
+        notes.append(f"no row was edited: {why}; a larger harmful_rows or smaller utility_rows finds more")
     return tuple(notes)
 
 

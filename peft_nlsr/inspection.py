@@ -19,7 +19,6 @@ from torch import nn
 from .adapter_folder import open_adapter
 from .adapters import Adapter
 from .blocks import as_teacher, find_blocks, playing, require_active
-from .errors import IncompatibleError
 from .evaluation import Evaluation, Measurement
 from .examples import Example, read_examples
 from .files import write_json
@@ -30,7 +29,7 @@ from .live_adapter import LiveAdapter
 from .lowrank import LowRank, add
 from .measuring import EvaluationSettings
 from .plots import restored_blocks
-from .reference import Lineage, Reference, read_reference
+from .reference import BASE_REFERENCE, Lineage, Reference, read_reference, require_same_modules
 from .report import say_interval, say_value
 
 SCHEMA_VERSION = 1
@@ -202,13 +201,13 @@ def _opened(adapter: Any, adapter_name: str | None) -> Mapping[str, LowRank]:
 def _read(reference: Any, adapter: Mapping[str, LowRank]) -> Reference:
     if isinstance(adapter, Adapter):
         return read_reference(reference, adapter)
-    if reference is None or isinstance(reference, Reference):
-        return reference or read_reference(None, adapter)  # type: ignore[arg-type]
-    opened = _opened(reference, None)
-    missing = sorted(set(adapter) ^ set(opened))
-    if missing:
-        raise IncompatibleError(f"adapter and reference cover different modules, first {missing[0]}")
-    return Reference("adapter", opened, "the given reference adapter")
+    if reference is None:
+        return BASE_REFERENCE
+    if not isinstance(reference, Reference):
+        reference = Reference("adapter", _opened(reference, None), "the given reference adapter")
+    if reference.updates is not None:
+        require_same_modules(adapter, reference.updates)
+    return reference
 
 
 def _wide(update: LowRank) -> LowRank:
@@ -336,6 +335,8 @@ def audit(
         ValueError: rows without the source column, no row with a prompt, or a reference without an adapter.
     """
     rows = list(data)
+    if source is not None:
+        _require_column(rows, source)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     drawn = _drawn(len(rows), limit, seed)
     asked = _with_prompt(rows, drawn, tokenizer, max_length)
@@ -396,10 +397,13 @@ def _refused(asked: list[Example], answers: list[tuple[int, ...]], tokenizer: An
     return {example.index for example, verdict in zip(asked, verdicts, strict=True) if verdict}
 
 
-def _by_source(rows: list[Any], asked: list[Example], refused: set[int], column: str) -> dict[str, SourceShare]:
+def _require_column(rows: list[Any], column: str) -> None:
     missing = [i for i, row in enumerate(rows) if not isinstance(row, Mapping) or column not in row]
     if missing:
         raise ValueError(f"{len(missing)} of {len(rows)} rows have no column {column!r}, first row {missing[0]}")
+
+
+def _by_source(rows: list[Any], asked: list[Example], refused: set[int], column: str) -> dict[str, SourceShare]:
     groups: dict[str, set[int]] = {}
     for index in {example.index for example in asked}:
         groups.setdefault(str(rows[index][column]), set()).add(index)

@@ -51,11 +51,15 @@ def classifier_judge(
         max_length: texts are cut there, in tokens; ``judge.counts`` says how many were.
 
     Raises:
-        ValueError: an unknown label, or ``labels=None`` for a model whose labels exclude each other.
+        ValueError: no label or an unknown one, or ``labels=None`` for a model whose labels exclude each other.
     """
     names = {int(i): str(name) for i, name in model.config.id2label.items()}
     multi = model.config.problem_type == "multi_label_classification" if multi_label is None else multi_label
     multi = multi or len(names) == 1
+    if isinstance(labels, str) or (labels is not None and not labels):
+        raise ValueError(
+            f"labels={labels!r} must be a list of at least one; the model has {', '.join(names.values())}"
+        )
     if labels is None and not multi:
         raise ValueError(f"labels of which one holds need labels=[...]; the model has {', '.join(names.values())}")
     unknown = set(labels or ()) - set(names.values())

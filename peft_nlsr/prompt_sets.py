@@ -27,7 +27,10 @@ ALL_KINDS = (*KINDS, "task")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+):([\w.+-]+)")
 # Names of the column that holds a row's answer; the first that is there counts.
 ANSWER_COLUMNS = ("response", "answer", "completion")
-ROWS = "text, or {'prompt': text or chat messages, 'response': text} (the response only where it is needed)"
+ROWS = (
+    "text, or {'prompt': text or chat messages with role and content, 'response': text} (the response only where it "
+    "is needed)"
+)
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,22 @@ def load_prompt_set(
     return _collect(rows, kind, name or "rows", limit)
 
 
+def require_prompt_sets(given: Any, name: str) -> list[PromptSet]:
+    """The prompt sets that were given as the argument of that name.
+
+    Raises:
+        ValueError: it is something else, such as the name of a file.
+    """
+    found = list(given) if isinstance(given, Iterable) else [given]
+    if isinstance(given, PromptSet) or not all(isinstance(each, PromptSet) for each in found):
+        said = repr(given) if isinstance(given, str | os.PathLike) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"{name}={said}: expected a list of prompt sets; make one like [load_prompt_set('safe.jsonl', "
+            "kind='safety')]"
+        )
+    return found
+
+
 def require_disjoint(calibration_texts: Iterable[Any], prompt_sets: Iterable[PromptSet]) -> None:
     """Check by hash that no prompt of the sets was calibrated on; case and white space make no difference.
 
@@ -257,15 +276,24 @@ def _read_row(row: Any, where: str) -> tuple[Any, str | None, str | None]:
     """Prompt, answer and id of a row."""
     if isinstance(row, str):
         return row, None, None
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        prompt = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
-    if not prompt or not prompt_text(prompt).strip():
+    prompt = _prompt_of(row.get("prompt")) if isinstance(row, Mapping) else None
+    if prompt is None or not prompt_text(prompt).strip():
         found = f"keys {_list(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
         raise CorruptFileError(f"{where}: no prompt found ({found}); expected {ROWS}")
     answer = next((row[column] for column in ANSWER_COLUMNS if row.get(column) is not None), None)
     given = row.get("id")
     return prompt, None if answer is None else str(answer), None if given is None else str(given)
+
+
+def _prompt_of(value: Any) -> Any:
+    """Text or chat messages as a prompt; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(
+        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value
+    ):
+        return None
+    return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value)
 
 
 def _prompts_in(path: Path) -> Iterator[tuple[str, Any]]:

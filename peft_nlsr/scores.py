@@ -1,8 +1,7 @@
 """From calibration statistics of a LoRA module to scores of its entries, and from scores to masks.
 
 A score tensor has the shape of the factor it judges; larger means more safety-critical. All scores are recomputed from
-small sufficient statistics, never from stored activations. The only file besides ``selection`` that draws random
-numbers, always from an explicit CPU generator.
+small sufficient statistics, never from stored activations. Random numbers come from an explicit CPU generator.
 """
 
 from __future__ import annotations

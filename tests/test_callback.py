@@ -266,6 +266,34 @@ def test_training_again_starts_without_the_old_record(make_pico_lora: MakeLora, 
 # ---- the order of callbacks, and the trainer
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["the same arguments", "arguments of its own"])
+def test_a_callback_that_serves_two_trainers_saves_each_ones_model(
+    make_pico_lora: MakeLora, tmp_path: Path, shared: bool
+) -> None:
+    done, settings = callback(), {"save_strategy": "steps", "save_steps": 9}
+    first = trainer_for(make_pico_lora(), tmp_path / "a", done, **settings)
+    first.train()
+    model = make_pico_lora(seed=5)
+    second = trainer_for(model, tmp_path / "b", done, **settings)
+    if shared:
+        second.args = first.args
+    second.processing_class = other = word_tokenizer()
+    second.train()
+    assert done.trainer is second and done._tokenizer is other and done.tokenizer is None
+    assert_same_factors(dict(open_adapter(second.args.output_dir)), factors_of(model))
+
+
+def test_a_trainer_of_other_arguments_is_not_taken_for_the_one_that_trains(
+    make_pico_lora: MakeLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_pico_lora()
+    done = callback(tokenizer=TOKENIZER, trainer=trainer_for(make_pico_lora(seed=5), tmp_path / "a"))
+    monkeypatch.setattr("peft_nlsr.callback._find_trainer", lambda args: None)
+    trainer_for(model, tmp_path / "b", done, save_strategy="steps", save_steps=9).train()
+    assert "found no trainer" in caplog.text and done.trainer is None
+    assert not (tmp_path / "b" / "nlsr_config.json").exists()
+
+
 class Reporter(TrainerCallback):
     """Stands for a reporter, which comes before the user's callbacks and pushes in its own on_train_end."""
 
@@ -512,6 +540,10 @@ def test_a_real_search_realigns_no_trial(make_pico_lora: MakeLora, tmp_path: Pat
         ({"evaluate": [*safety_prompts(), *safety_prompts()]}, "'s0' for one"),
         ({"evaluate": False, "task": TASK}, "only measured"),
         ({"task": TASK, "compute_metrics": lambda said, answers: [True]}, "1 scores for 2 answers"),
+        ({"config": "paper"}, r"config='paper' is a str; .*from_preset"),
+        ({"evaluate": "safe.jsonl"}, r"evaluate='safe.jsonl': .*load_prompt_set"),
+        ({"evaluate": safety_prompts()[0]}, "evaluate=a PromptSet: expected a list"),
+        ({"task": "task.jsonl"}, r"task='task.jsonl': .*load_prompt_set"),
     ],
 )
 def test_mistakes_are_found_at_once(settings: dict[str, Any], words: str) -> None:
@@ -524,6 +556,46 @@ def test_a_model_that_cannot_be_realigned_is_refused_before_training(make_pico_l
     with pytest.raises(PeftNLSRError, match="DoRA"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reference": "nowhere/x"}, "nowhere/x"),
+        ({"weak": "nowhere/x"}, "nowhere/x"),
+        ({"calibration": "safe.jsonl"}, "a single str"),
+        ({"calibration": [{"question": "why"}]}, "has the keys"),
+        ({"utility": []}, "no examples with tokens"),
+        ({"config": quick(update="sum", score="preference_snip")}, "'chosen'"),
+    ],
+)
+def test_data_that_cannot_be_read_are_refused_before_training(
+    make_pico_lora: MakeLora, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    trainer = trainer_for(make_pico_lora(), tmp_path, callback(**settings))
+    with pytest.raises(PeftNLSRError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_reference_of_other_modules_is_refused_before_training(make_pico_lora: MakeLora, tmp_path: Path) -> None:
+    make_pico_lora(target_modules=["q_proj"]).save_pretrained(tmp_path / "other")
+    trainer = trainer_for(make_pico_lora(), tmp_path, callback(reference=tmp_path / "other"))
+    with pytest.raises(IncompatibleError, match="cover different modules"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_reading_a_data_loader_beforehand_does_not_change_the_training(
+    make_pico_lora: MakeLora, tmp_path: Path
+) -> None:
+    def trained(**data: Any) -> str:
+        trainer_for(make_pico_lora(lora_dropout=0.5), tmp_path, done := callback(**data)).train()
+        assert done.outcome is not None and done.outcome.realignment is not None
+        return done.outcome.realignment.fingerprint_before
+
+    loader = torch.utils.data.DataLoader(rows(8), batch_size=None, shuffle=True)
+    assert trained(calibration=loader) == trained()
 
 
 def test_a_model_without_room_for_the_answers_is_refused_before_training(

@@ -31,6 +31,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["realign", "adapter", *PATCH, "--utility", "train.jsonl", *NEW],
         "--utility needs the base",
     ),
+    "options-of-the-model-without-base": (
+        ["realign", "adapter", *PATCH, "--judge", "no.such:thing", "--tolerance", "0.5", "--device", "no", *NEW],
+        "--judge, --device, --tolerance needs the base model: give --base MODEL",
+    ),
     "work-dir-without-base": (["realign", "adapter", *PATCH, "--work-dir", "w", *NEW], "--work-dir needs the base"),
     "measure-without-base": (["realign", "adapter", *PATCH, "--measure", *NEW], "--measure needs the base model"),
     "patch-and-data": (["realign", "adapter", *PATCH, *LIVE, "--utility", "train.jsonl", *NEW], "exclude each other"),
@@ -70,9 +74,25 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["realign", "adapter", *LIVE, "--task", "task.jsonl", *NEW],
         "--task says what is measured: give --measure too",
     ),
+    "tolerance-but-not-measured": (
+        ["realign", "adapter", *LIVE, "--tolerance", "0.5", *NEW],
+        "--tolerance says what is measured: give --measure too",
+    ),
     "set-of-another-kind": (["evaluate", "--base", "base", "--benign", "harmbench"], "holds safety prompts"),
     "revert-without-output": (["revert", "adapter"], "give --output FOLDER"),
     "patch-without-statistics": (["patch", "build", "aligned", *NEW], "give --base MODEL, or --statistics"),
+    "patch-data-without-base": (
+        ["patch", "build", "aligned", "--calibration", "no.jsonl", "--device", "no", *NEW],
+        "--calibration, --device needs the base model: give --base MODEL",
+    ),
+    "patch-data-for-a-score-without": (
+        ["patch", "build", "aligned", *LIVE[:4], "--set", "score=magnitude", "--calibration", "no.jsonl", *NEW],
+        "score=magnitude needs no data, so leave out --calibration, --judge",
+    ),
+    "patch-base-beside-statistics": (
+        ["patch", "build", "aligned", "--statistics", "s", "--base", "nowhere", "--calibration", "no.jsonl", *NEW],
+        "--statistics leaves nothing for --base, --calibration to do",
+    ),
     "patch-without-a-command": (["patch", "bild"], "No such command 'bild'"),
     "unknown-form": (["reference", "extrapolate", "aligned", "--form", "x", *NEW], "not one of exact, released"),
     "negative-beta": (["reference", "extrapolate", "aligned", "--beta", "-1", *NEW], "Invalid value for '--beta'"),
@@ -86,6 +106,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "space-without-values": (["tune", "adapter", "--base", "base", "--space", "ridge", *NEW], "expected NAME=VALUE"),
     "space-out-of-range": (["tune", "adapter", "--base", "base", "--space", "ridge=0", *NEW], "ridge=0.0 must be in"),
     "blocks-without-base": (["inspect", "adapter", "--blocks"], "--blocks asks the model: give --base MODEL"),
+    "prompts-without-blocks": (
+        ["inspect", "adapter", "--base", "base", "--safety", "no.jsonl", "--limit", "2"],
+        "--safety, --limit is for asking the model: give --base MODEL --blocks too",
+    ),
     "save-nothing": (["report", "done", "--save"], "give --before and --after"),
     "unknown-command": (["realing"], "No such command 'realing'"),
     "unknown-option": (["realign", "adapter", "--pach", "x"], "No such option: --pach"),
@@ -277,11 +301,16 @@ def test_what_is_not_met_ends_with_its_own_code(bad: Path, run: Run, call: str) 
 
 def test_a_failure_shows_its_traceback_when_asked(
     bad: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,  # noqa: F811
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["peft-nlsr", "--debug", "verify", "nowhere"])
-    with pytest.raises(Exception, match="not an existing folder"):
-        cli.main()
+    code, _, err = run("--debug", "verify", "nowhere")
+    assert code == 1 and "Traceback" in err and plain(err).count("not an existing folder") == 2
+
+
+@pytest.mark.parametrize("call", UNMET)
+def test_what_is_not_met_keeps_its_code_with_a_traceback(bad: Path, run: Run, call: str) -> None:  # noqa: F811
+    code, _, err = run("--debug", *UNMET[call][0])
+    assert code == 3 and "Traceback" in err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from peft_nlsr import (
     IncompatibleError,
     LowRank,
     Method,
+    NLSRConfig,
     PeftNLSRError,
     PromptSet,
     compare,
@@ -25,7 +26,7 @@ from peft_nlsr import (
     measuring,
 )
 from peft_nlsr.controls import CONTROLS
-from peft_nlsr.examples import read_examples
+from peft_nlsr.examples import read_examples, sample
 from peft_nlsr.generation import generate_answers
 
 MakeLora = Callable[..., PeftModel]
@@ -193,6 +194,28 @@ class TestCompare:
         data = {key: given[key] for key in ("calibration", "utility", "tokenizer", "progress")}
         nlsr_realign(model, quick(), judge=refuses_attacks, **data)
         assert taught.value == pytest.approx(right((1, 5))) and right((1, 5)) != right(())
+
+    def test_rows_that_a_seeds_repair_was_fitted_to_are_not_measured(self, model: PeftModel, safe: Any) -> None:
+        given = {**DATA, "utility": rows(200)}
+        found = compare(model, methods(safe)[1:], controls=("scaled",), seeds=(0, 1), **given)
+        measured = {e.index for e in sample(given["utility"], TOKENIZER, NLSRConfig(), times=2)[-128:]}
+        for row in found.rows[1:]:
+            config = quick(nlsr_seed=row.seed)
+            fitted = {e.index for e in sample(given["utility"], TOKENIZER, config, times=2)[: config.max_samples]}
+            assert row.evaluation is not None and bool(fitted & measured) == bool(row.seed)
+            assert row.evaluation.rates["answer_accuracy"].n == len(measured - fitted)
+            assert row.evaluation.settings["answer_rows"] == "rows that the repair did not use"
+        assert "or that it was fitted to" in found.to_markdown() and "with the latter" not in found.to_markdown()
+
+    def test_rows_of_the_repair_are_said_where_no_others_are_left(self, model: PeftModel, safe: Any) -> None:
+        found = compare(model, methods(safe), controls=(), **DATA)
+        said = {row.name: row.evaluation.settings.get("answer_rows") for row in found.rows if row.evaluation}
+        assert said == {
+            "fine-tuned": None,
+            "sum": "rows that the repair did not use",
+            "two-teacher": "rows of the repair",
+        }
+        assert "but of two-teacher with the latter, because fewer than 20" in found.to_markdown()
 
     def test_the_compared_adapter_answers_and_not_the_active_one(self, model: PeftModel, safe: Any) -> None:
         asked = [Method("sum", quick(update="sum", score="magnitude"), reference=safe)]

@@ -89,6 +89,28 @@ def run(script: Callable[[str], str] = mixed, **changes: Any) -> Evaluation:
     return evaluate(model, TOKENIZER, **{"prompts": SETS, "progress": False, **changes})
 
 
+def test_a_judge_may_begin_to_count_when_it_is_asked() -> None:
+    class Counting:
+        counts: dict[str, int]
+
+        def __call__(self, prompts: Any, responses: Any) -> list[bool]:
+            self.counts = {"texts": getattr(self, "counts", {}).get("texts", 0) + len(prompts)}
+            if len(prompts) > 2:
+                self.counts["long"] = 1
+            return [False] * len(prompts)
+
+    for found in (run(judge=Counting()), run(harm_judge=Counting())):
+        (counts,) = found.settings["judge_counts"].values()
+        assert counts["texts"] > 2 and counts["long"] == 1
+
+
+def test_a_file_in_place_of_prompt_sets_is_answered_with_what_to_give() -> None:
+    with pytest.raises(ValueError, match=r"prompts='safe.jsonl': .*load_prompt_set"):
+        run(prompts="safe.jsonl")
+    with pytest.raises(ValueError, match=r"task='task.jsonl': .*load_prompt_set"):
+        run(task="task.jsonl")
+
+
 def hits(found: Evaluation) -> dict[str, tuple[int | None, int]]:
     return {metric: (m.hits, m.n) for metric, m in found.rates.items()}
 

@@ -495,6 +495,14 @@ def test_a_dimension_whose_rows_are_all_covered_is_noted(tuned: PeftModel, delta
     add(tuned, delta, "first", harmful_rows=1.0, utility_rows=0.0)
     done = add(tuned, delta, "second")
     assert any("no row was edited" in note for note in done.notes) and dimension_of(done)["edited_rows"] == 0
+    assert any("earlier dimensions cover them" in note for note in done.notes)
+
+
+def test_a_dimension_without_rows_is_noted_without_earlier_ones(tuned: PeftModel, delta: Any) -> None:
+    (note,) = (n for n in add(tuned, delta, "first", harmful_rows=0.0).notes if "no row was edited" in n)
+    assert note == (
+        "no row was edited: no row to project was found; a larger harmful_rows or smaller utility_rows finds more"
+    )
 
 
 @pytest.mark.parametrize("order", [("fgsn", "safelora"), ("safelora", "fgsn")], ids="-then-".join)

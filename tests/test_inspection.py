@@ -15,6 +15,7 @@ from peft_nlsr import (
     IncompatibleError,
     LowRank,
     PromptSet,
+    Reference,
     audit,
     inspect_adapter,
     wilson,
@@ -148,6 +149,16 @@ class TestDrift:
         for adapter in (model, factors_of(model)):
             with pytest.raises(IncompatibleError, match="cover different modules"):
                 inspect_adapter(adapter, less)
+            with pytest.raises(IncompatibleError, match="cover different modules"):
+                inspect_adapter(adapter, Reference("adapter", less, "of fewer modules"))
+
+    def test_other_shapes_are_refused(self, model: PeftModel, safe: dict[str, LowRank]) -> None:
+        name, first = next(iter(safe.items()))
+        wider = {**safe, name: LowRank(torch.cat([first.A, first.A], dim=1), first.B, first.scale)}
+        for adapter in (model, factors_of(model)):
+            for reference in (wider, Reference("adapter", wider, "of a wider model")):
+                with pytest.raises(IncompatibleError, match="different base models"):
+                    inspect_adapter(adapter, reference)
 
 
 class TestBlocks:
@@ -305,6 +316,18 @@ class TestAudit:
         prompts = [tuple(TOKENIZER(f"<user> paint the word{i} <bot>")["input_ids"]) for i in range(5)]
         answers = generate_answers(model, TOKENIZER, prompts, max_new_tokens=3, batch_size=16)
         assert sorted(said) == sorted(TOKENIZER.decode(a, skip_special_tokens=True) for a in answers)
+
+    def test_a_missing_source_column_is_found_before_anything_is_asked(self, model: PeftModel) -> None:
+        asked: list[str] = []
+
+        def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
+            asked.extend(prompts)
+            return [False] * len(prompts)
+
+        with pytest.raises(ValueError, match="1 of 4 rows have no column 'origin', first row 2"):
+            given = [{**row, "origin": "web"} if i != 2 else row for i, row in enumerate(rows(4))]
+            self.run(model, given, source="origin", judge=judge)
+        assert not asked
 
     def test_bad_input_is_named(self, model: PeftModel, pico_llama: Any, safe: Any) -> None:
         with pytest.raises(ValueError, match="4 of 4 rows have no column 'from'"):

@@ -130,6 +130,12 @@ class TestClassifier:
         with pytest.raises(ValueError, match="no label harm; the model has violence, theft"):
             classifier_judge(classifier(), tokenizer(), labels=["harm"])
 
+    @pytest.mark.parametrize("multi", [True, False])
+    @pytest.mark.parametrize("labels", [[], (), "theft"])
+    def test_a_judge_that_could_flag_nothing_is_refused(self, labels: Any, multi: bool) -> None:
+        with pytest.raises(ValueError, match="at least one; the model has violence, theft"):
+            classifier_judge(classifier(), tokenizer(), labels=labels, multi_label=multi)
+
     def test_problem_type_and_a_single_label_make_it_sigmoid(self) -> None:
         multi = classifier(problem_type="multi_label_classification")
         assert flagged(multi, multi_label=None, labels=None) == [False, True, True, True]

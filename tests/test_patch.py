@@ -25,6 +25,7 @@ from tiny import (
 )
 
 from peft_nlsr import (
+    CalibrationError,
     CorruptFileError,
     IncompatibleError,
     LowRank,
@@ -36,6 +37,7 @@ from peft_nlsr import (
     open_adapter,
     screening,
 )
+from peft_nlsr.building import collect_safety_statistics
 from peft_nlsr.patch import RECORD_NAME, TENSORS_NAME
 from peft_nlsr.storage import TensorFile
 
@@ -385,6 +387,16 @@ def test_built_in_calibration_doubts_a_model_that_does_not_refuse(
 def test_a_score_without_statistics_needs_neither_data_nor_tokenizer(make_pico_lora: MakeLora) -> None:
     patch = build_safety_patch(make_pico_lora(), NLSRConfig(score="magnitude"))
     assert patch.record["statistics"] is None and len(patch) == 6
+
+
+@pytest.mark.parametrize("build", [build_safety_patch, collect_safety_statistics])
+def test_the_score_of_pairs_is_refused_before_a_prompt_is_asked(make_pico_lora: MakeLora, build: Any) -> None:
+    def judge(prompts: Any, responses: Any) -> list[bool]:
+        raise AssertionError("the model was asked")
+
+    given = {"calibration": [{"prompt": "attack the vase"}], "tokenizer": word_tokenizer(), "judge": judge}
+    with pytest.raises(CalibrationError, match=r"'chosen'.*gradients='preference_snip'.*build_nlsr_patch"):
+        build(make_pico_lora(), quick(score="preference_snip"), progress=False, **given)
 
 
 def test_a_weak_adapter_may_be_a_folder_or_a_mapping(tmp_path: Path, make_pico_lora: MakeLora) -> None:

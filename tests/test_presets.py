@@ -208,6 +208,18 @@ def test_the_masks_of_a_preset_are_those_of_its_source(tuned: PeftModel, aligned
         assert all(torch.equal(m, e) for m, e in zip(module.masks, expected[name], strict=True))
 
 
+def test_the_sequential_order_of_another_model_than_the_reference_is_refused(
+    tuned: PeftModel, aligned: PeftModel
+) -> None:
+    config = NLSRConfig(update="sum", sequential=True)
+    reference = Reference("adapter", LiveAdapter(aligned).snapshot(), "the aligned adapter")
+    with pytest.raises(ValueError, match="set calibration_model='reference' too"):
+        calibrate(tuned, [pad(ROWS)], reference, config, progress=False)
+    config = config.replace(calibration_model="reference")
+    found = calibrate(tuned, [pad(ROWS)], reference, config, progress=False)
+    assert found.record["calibration_model"] == config.calibration_model
+
+
 # Planning
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _fail(kind: str, error: Exception, code: int) -> None:
     if logging.getLogger("peft_nlsr").level == logging.DEBUG:
-        raise error
+        traceback.print_exception(error)
     say(f"{kind}: {error}", "red")
     raise SystemExit(code) from error
 

@@ -32,6 +32,7 @@ from .options import (
     judge_of,
     key_values,
     percent,
+    refuse_unread,
     require_new,
     say,
     settings_of,
@@ -78,6 +79,7 @@ def build_patch(
     """
     config = settings_of(ctx, preset, settings)
     target = require_new(output, dry_run, aligned, collected)
+    _refuse_unread(ctx, base, collected, config)
     if base is not None and collected is None:
         from ..building import build_safety_patch
 
@@ -93,6 +95,18 @@ def build_patch(
     else:
         built = _patch_from_files(aligned, collected, weak, config)
     _finish_patch(built, target, as_json)
+
+
+def _refuse_unread(ctx: typer.Context, base: str | None, collected: str | None, config: NLSRConfig) -> None:
+    from ..nlsr import UNCALIBRATED
+
+    data, model = ("calibration", "judge"), ("device", "dtype", "tokenizer", "trust_remote_code")
+    if collected is not None:
+        refuse_unread(ctx, "--statistics leaves nothing for {} to do; leave it out", "base", *data, *model)
+    if config.score in UNCALIBRATED:
+        refuse_unread(ctx, f"score={config.score} needs no data, so leave out {{}}", *data)
+    if base is None:
+        refuse_unread(ctx, "{} needs the base model: give --base MODEL", *data, *model)
 
 
 def _patch_from_files(aligned: str, collected: str | None, weak: str | None, config: NLSRConfig) -> SafetyPatch:

@@ -126,18 +126,19 @@ def compare(
     from .. import comparison
 
     require_file(output)
-    chosen = [_method(ctx, text, reference, weak, patch) for text in methods]
+    opened = _opened(patch)
+    chosen = [_method(ctx, text, reference, weak, opened) for text in methods]
     sources = (safety, lookalike, benign, task, limit)
     asked = asked_of(sources, judge, harm_judge, max_new_tokens, batch_size, template)
-    data = {name: read_rows(s) for name, s in (("utility", utility), ("calibration", calibration))}
+    rows, safety_rows = read_rows(utility), read_rows(calibration)
     loaded = load(ModelOptions(base, device, dtype, trust_remote_code, tokenizer), adapter)
     found = comparison.compare(
         loaded.model,
         chosen,
         controls=[name for name in controls if name != "none"],
         evaluation=asked,
-        calibration=data["calibration"],
-        utility=data["utility"],
+        calibration=safety_rows,
+        utility=rows,
         benign=read_rows(benign_data),
         tokenizer=loaded.tokenizer,
         seeds=range(seeds),
@@ -151,9 +152,10 @@ def compare(
     wrote(output, then) if output is not None else say(then)
 
 
-def _method(ctx: typer.Context, text: str, reference: str | None, weak: str | None, patch: str | None) -> Method:
+def _method(
+    ctx: typer.Context, text: str, reference: str | None, weak: str | None, patch: SafetyPatch | None
+) -> Method:
     """A method from ``NAME`` or ``NAME:KEY=VALUE,...``."""
-    from ..patch import SafetyPatch
     from ..planning import Method
 
     name, separator, changes = text.partition(":")
@@ -162,8 +164,7 @@ def _method(ctx: typer.Context, text: str, reference: str | None, weak: str | No
     known = dict(METHODS.get(name, {}))
     preset = str(known.pop("preset", "default"))
     assignments = [f"{key}={value}" for key, value in known.items()] + [c for c in changes.split(",") if c]
-    opened = None if patch is None else SafetyPatch.from_pretrained(patch)
-    return Method(name, settings_of(ctx, preset, assignments), reference=reference, weak=weak, patch=opened)
+    return Method(name, settings_of(ctx, preset, assignments), reference=reference, weak=weak, patch=patch)
 
 
 def tune(
@@ -223,7 +224,7 @@ def tune(
     if target is None:
         _preview_tuning(values, config, trials, as_json)
         return
-    data = {name: read_rows(s) for name, s in (("utility", utility), ("calibration", calibration))}
+    rows, safety_rows = read_rows(utility), read_rows(calibration)
     loaded = load(ModelOptions(base, device, dtype, trust_remote_code, tokenizer), adapter)
     found = tuning.tune(
         loaded.model,
@@ -234,8 +235,8 @@ def tune(
         held_out=held_out,
         searcher=searcher,
         evaluation=asked,
-        calibration=data["calibration"],
-        utility=data["utility"],
+        calibration=safety_rows,
+        utility=rows,
         tokenizer=loaded.tokenizer,
         seed=seed,
         resume=resume,

@@ -32,6 +32,7 @@ from .options import (
     TrustRemoteCode,
     command,
     judge_of,
+    refuse_unread,
     require_file,
     say,
     show,
@@ -44,9 +45,14 @@ if TYPE_CHECKING:
     from ..inspection import Audit, Inspection
 
 _MOST_SHOWN = 12  # modules; all are in the JSON
+_ASKING = (
+    *("safety", "limit", "judge", "harm_judge", "max_new_tokens", "batch_size", "template"),
+    *("device", "dtype", "tokenizer", "trust_remote_code"),
+)
 
 
 def inspect(
+    ctx: typer.Context,
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned adapter.")],
     reference: Reference = None,
     base: Base = None,
@@ -80,6 +86,7 @@ def inspect(
     if blocks and base is None:
         usage_error("--blocks asks the model: give --base MODEL")
     if not blocks or base is None:
+        refuse_unread(ctx, "{} is for asking the model: give --base MODEL --blocks too", *_ASKING)
         found = inspect_adapter(adapter, reference)
     else:
         asked = asked_of(

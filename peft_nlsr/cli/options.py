@@ -97,6 +97,18 @@ def usage_error(text: str) -> NoReturn:
     raise typer.BadParameter(text)
 
 
+def refuse_unread(ctx: typer.Context, why: str, *names: str) -> None:
+    """End with a usage error where any of the parameters was given, by a flag or the settings file.
+
+    Args:
+        why: with ``{}`` where the flags go.
+    """
+    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"]
+    flags = [next(p.opts[0] for p in ctx.command.params if p.name == name) for name in given]
+    if flags:
+        usage_error(why.format(", ".join(flags)))
+
+
 def require_new(output: Path | None, dry_run: bool, *inputs: str | Path | None) -> Path | None:
     """The folder to write, None for a dry run; checked before anything is computed.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..defaults import MAX_NEW_TOKENS, TOLERANCE
-from .asking import Benign, HarmJudge, Lookalike, Safety, Task, Tokens, asked_of
+from .asking import Benign, HarmJudge, Lookalike, Safety, Task, Tokens, Utility, asked_of
 from .live import Gate, Teaching, measured_on, planned_on
 from .loading import ModelOptions, load, read_rows
 from .options import (
@@ -32,6 +32,7 @@ from .options import (
     Weak,
     command,
     judge_of,
+    refuse_unread,
     require_new,
     say,
     settings_of,
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
     from ..gate import Outcome
     from ..verification import Verification
 
+_MEASURED = ("safety", "lookalike", "benign", "task", "harm_judge", "tolerance", "max_new_tokens")
+_LIVE = (
+    *("utility", "calibration", "weak", "judge", "measure", "work_dir"),
+    *("device", "dtype", "tokenizer", "trust_remote_code"),
+)
 _STATUS = {"passed": "ok", "failed": "FAILED", "absent": "-"}
 
 
@@ -58,10 +64,7 @@ def realign(
     ] = None,
     base: Base = None,
     output: Output = None,
-    utility: Annotated[
-        str | None,
-        typer.Option(help="Your training data: .jsonl, .json, .csv, .txt, or HUB_ID:SPLIT.", rich_help_panel="Data"),
-    ] = None,
+    utility: Utility = None,
     calibration: Calibration = None,
     weak: Weak = None,
     judge: JudgeName = REFUSES,
@@ -114,19 +117,14 @@ def realign(
         _require_no_patch_and_data(patch, utility)
         asked = asked_of((safety, lookalike, benign, task, None), judge, harm_judge, max_new_tokens, 16, None)
         gate = Gate(asked, tolerance) if measure else None
-        prompts = {"--safety": safety, "--lookalike": lookalike, "--benign": benign, "--task": task}
-        _require_measured(measure, {**prompts, "--harm-judge": harm_judge})
+        if not measure:
+            refuse_unread(ctx, "{} says what is measured: give --measure too", *_MEASURED)
         given = Teaching(patch, reference, weak, read_rows(calibration), read_rows(utility), judge_of(judge), work_dir)
         if gate is not None:
             asked.require_unseen(given.calibration, given.utility)
         _realign_live(options, adapter, config, given, target, gate, diff, as_json)
         return
-    needs_base = {"--utility": utility, "--calibration": calibration, "--weak": weak, "--measure": measure or None}
-    needs_base |= {"--safety": safety, "--lookalike": lookalike, "--benign": benign, "--task": task}
-    needs_base |= {"--harm-judge": harm_judge}
-    needs_base |= {"--work-dir": None if work_dir is None else str(work_dir)}
-    if idle := [name for name, value in needs_base.items() if value is not None]:
-        usage_error(f"{', '.join(idle)} needs the base model: give --base MODEL")
+    refuse_unread(ctx, "{} needs the base model: give --base MODEL", *_LIVE, *_MEASURED)
     if patch is None and reference is None:
         usage_error("give --patch PATCH (files only), or --base MODEL (a live model)")
     from ..errors import LineageError
@@ -139,11 +137,6 @@ def realign(
         raise LineageError(f"{error}: {any_adapter}") from error
     show(as_json, done.to_dict(), done.summary())
     _say_next(adapter, target, diff)
-
-
-def _require_measured(measure: bool, given: dict[str, str | None]) -> None:
-    if not measure and (idle := [name for name, value in given.items() if value is not None]):
-        usage_error(f"{', '.join(idle)} says what is measured: give --measure too")
 
 
 def _require_no_patch_and_data(patch: str | None, utility: str | None) -> None:
