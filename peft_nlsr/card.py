@@ -124,7 +124,7 @@ def update_card(
         CorruptFileError: YAML that cannot be read, or a marker without its other half; the text says what to mend.
     """
     text = readme or ""
-    card = _parsed(text)
+    card = parsed_card(text)
     _claim_in(cast(ModelCardData, card.data), record, report, base_model)
     line_end = "\r\n" if "\r\n" in text else "\n"
     section = card_section(record, report, plots=plots).replace("\n", line_end)
@@ -146,7 +146,7 @@ def stale_card(readme: str, *, adapter_name: str | None = None) -> str:
     spans = [span for span in _sections(readme) if adapter_name in (None, span.adapter_name)]
     text = _without(readme, spans)
     try:
-        card = _parsed(text)
+        card = parsed_card(text)
     except CorruptFileError:
         return text
     data = cast(ModelCardData, card.data)
@@ -207,7 +207,7 @@ def _without(text: str, spans: Sequence[_Span]) -> str:
     return text
 
 
-def _parsed(readme: str) -> ModelCard:
+def parsed_card(readme: str) -> ModelCard:
     """The card of a README; an empty YAML block stands in for a missing one."""
     try:
         return ModelCard(readme if REGEX_YAML_BLOCK.search(readme) else "---\n{}\n---\n" + readme)
@@ -230,14 +230,14 @@ def _claim_in(data: ModelCardData, record: dict[str, Any], report: SafetyReport 
     data.library_name = "peft"
     data.base_model = bases if len(bases) > 1 else next(iter(bases), None)
     data["base_model_relation"] = "adapter" if bases else None
-    data.tags = list(dict.fromkeys([*(tag for tag in data.tags or () if not _is_tag_of_path(tag)), *_tags(record)]))
+    data.tags = list(dict.fromkeys([*(tag for tag in data.tags or () if not is_tag_of_path(tag)), *_tags(record)]))
     data["nlsr"] = _mapping(data.get("nlsr"), record)
     if results := [*_results_of_others(data), *_results(report)]:
         data.eval_results = results
         data.model_name = data.model_name or (f"{bases[0].split('/')[-1]} adapter" if bases else "LoRA adapter")
 
 
-def _is_tag_of_path(tag: Any) -> bool:
+def is_tag_of_path(tag: Any) -> bool:
     match = re.match(r"base_model:(?:adapter:|finetune:|merge:|quantized:)?(.*)", str(tag), re.DOTALL)
     return match is not None and not is_hub_id(match[1])
 

@@ -17,7 +17,7 @@ from typing import Any
 from .adapter_folder import AdapterFolder, open_adapter
 from .adapters import CONFIG_FILE
 from .baselines import add_safety_vector
-from .card import _is_tag_of_path, _parsed, stale_card
+from .card import is_tag_of_path, parsed_card, stale_card
 from .claims import Claim, write_claim
 from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
@@ -256,12 +256,12 @@ def _names_a_path(readme: str) -> bool:
     """Whether a card tells a place of this machine, which no file written here repeats; so may YAML that cannot be
     read."""
     try:
-        data: Any = _parsed(readme).data
+        data: Any = parsed_card(readme).data
     except CorruptFileError:
         return True
     bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
     return any(base and not is_hub_id(str(base)) for base in bases) or any(
-        _is_tag_of_path(tag) and not str(tag).endswith(":") for tag in data.tags or ()
+        is_tag_of_path(tag) and not str(tag).endswith(":") for tag in data.tags or ()
     )
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from .adapter_folder import AdapterFolder
 from .adapters import CONFIG_FILE
-from .card import _parsed
+from .card import parsed_card
 from .claims import CLAIM_FILES, Claim, settle, unclaimed
 from .config import CONFIG_NAME
 from .errors import PeftNLSRError
@@ -178,11 +178,11 @@ def _base_paths(folder: Path) -> set[str]:
     """The base models, in configurations and card, that are paths of this machine."""
     readme = read_text(folder / CARD_NAME)
     named = [read_json(path).get(_BASE) for path in folder.rglob(CONFIG_FILE)]
-    return {name for name in [*named, *_bases(_parsed(readme or ""))] if name and not is_hub_id(name)}
+    return {name for name in [*named, *_bases(parsed_card(readme or ""))] if name and not is_hub_id(name)}
 
 
 def _without_paths(readme: str, paths: Iterable[str], base_model: str | None) -> str:
-    card = _parsed(readme)
+    card = parsed_card(readme)
     data: Any = card.data
     bases = dict.fromkeys(base_model if name in paths else name for name in _bases(card))
     known = [name for name in bases if name is not None] or ([base_model] if base_model else [])

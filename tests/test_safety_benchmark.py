@@ -374,7 +374,7 @@ class TestAccount:
         shown = text.partition(account.BEGIN)[2].partition(account.END)[0].strip()
         assert shown == account.section(account.read_results())
 
-    @pytest.mark.parametrize("name", ["variations", "baselines", "large"])
+    @pytest.mark.parametrize("name", ["variations", "baselines", "large", "ablation"])
     def test_the_readme_shows_the_other_committed_results(self, name):
         results = json.loads((CONFIGS.parent / "results" / name / "safety.json").read_text("utf-8"))
         shown = (CONFIGS.parent / "README.md").read_text("utf-8")
