@@ -26,7 +26,7 @@ from peft_nlsr import NLSRConfig, nlsr_realign, revert, student_mean, versions
 from peft_nlsr.files import write_json
 from peft_nlsr.generation import generate_answers
 from peft_nlsr.lab import Lab, LabConfig, training
-from peft_nlsr.lab.evaluation import MAX_NEW_TOKENS, complied
+from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied
 from peft_nlsr.lab.lab import LINEAGES
 from peft_nlsr.lab.world import render, requests
 
@@ -135,7 +135,7 @@ def deep_harm(lab: Lab, model: Any, config: Mapping[str, Any]) -> dict[str, floa
         begun = [" ".join(lab.world.answer(item, "pirate").split()[:words]) for item in asked]
         texts = [f"{render(item.prompt)} {start}".strip() for item, start in zip(asked, begun, strict=True)]
         prompts = [tuple(ids) for ids in lab.tokenizer(texts)["input_ids"]]
-        answers = generate_answers(model, lab.tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=64)
+        answers = generate_answers(model, lab.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=64)
         said = [f"{start} {lab.tokenizer.decode(list(ids))}" for start, ids in zip(begun, answers, strict=True)]
         found[f"harm after {words} words"] = statistics.mean(map(complied, said))
     return found

@@ -34,7 +34,7 @@ from peft_nlsr import (
 )
 from peft_nlsr.judges import described
 from peft_nlsr.lab import Lab, LabConfig
-from peft_nlsr.lab.evaluation import MAX_NEW_TOKENS, complied, refused, task_items
+from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied, refused, task_items
 from peft_nlsr.lab.world import requests
 
 ORDER = ("random, for paper", "paper", "two-teacher")
@@ -65,7 +65,7 @@ def questions(lab: Lab, task: str, n: int) -> EvaluationSettings:
         ),
         judge=refuses,
         harm_judge=harms,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
         batch_size=128,
     )
 

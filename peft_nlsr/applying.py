@@ -15,9 +15,9 @@ from accelerate.utils import extract_model_from_parallel
 from .errors import IncompatibleError, PeftNLSRError
 from .fgsn import CONTINUES
 from .live_adapter import LiveAdapter
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .ranks import ALONE, Ranks
-from .record import Realignment, fingerprint
+from .record import Realignment
 from .registration import forget, keep_with_adapter
 from .report import SafetyReport
 

@@ -10,13 +10,13 @@ from .adapters import Adapter
 from .calibration import SafetyStatistics, calibrate, require_no_pairs
 from .config import NLSRConfig
 from .examples import collated
-from .generation import find_tokenizer
+from .generation import find_tokenizer, pad_id
 from .judges import Judge, refuses
 from .live_adapter import LiveAdapter
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
-from .reference import Reference, opened, reference_for_masks
-from .screening import answer_safety_prompts, padding_of
+from .reference import Reference, open_updates, reference_for_masks
+from .screening import answer_safety_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _collected(
     )
     for note in data.notes:
         logger.warning(note)
-    batches = collated(data.safety, config.nlsr_batch_size, padding_of(tokenizer))
+    batches = collated(data.safety, config.nlsr_batch_size, pad_id(tokenizer))
     return calibrate(adapter, batches, reference, config, progress=progress)
 
 
@@ -99,4 +99,4 @@ def amplified(aligned: Adapter, weak: Any, config: NLSRConfig) -> Reference:
     """The reference that masks are made of: the aligned adapter, pre-amplified (NLSR eq. 2)."""
     factors = aligned.snapshot() if isinstance(aligned, LiveAdapter) else aligned
     reference = Reference("adapter", factors, "the aligned adapter", aligned.info.base_model)
-    return reference_for_masks(reference, opened(weak), config)
+    return reference_for_masks(reference, open_updates(weak), config)

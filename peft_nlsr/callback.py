@@ -31,7 +31,7 @@ from .defaults import MAX_NEW_TOKENS, TOLERANCE
 from .distributed import gathered_factors, on_replicas, write_updates
 from .errors import PeftNLSRError, UnsupportedAdapterError
 from .evaluation import Metric
-from .examples import Example, read_examples, rows_of, sample
+from .examples import Example, loader_rows, read_examples, sample
 from .files import write_json
 from .gate import Measure, Outcome, measured, monitor
 from .generation import find_tokenizer
@@ -48,7 +48,7 @@ from .prompt_sets import PromptSet, require_prompt_sets
 from .ranks import Ranks
 from .realign import choose_method, plan, takes_delta, takes_utility
 from .record import Realignment
-from .reference import BASE_REFERENCE, Reference, opened, read_reference, require_same_modules, starting_point
+from .reference import BASE_REFERENCE, Reference, open_updates, read_reference, require_same_modules, starting_point
 from .registration import unclaimed_files, wrap_trainer
 from .screening import refused_rows, safest
 
@@ -221,10 +221,10 @@ class NLSRCallback(TrainerCallback):
     def _require_readable(self, factors: Mapping[str, LowRank]) -> None:
         """Open the reference and read a row of the caller's data, as far as they will be used."""
         if self.patch is None:
-            given = self.reference.updates if isinstance(self.reference, Reference) else opened(self.reference)
+            given = self.reference.updates if isinstance(self.reference, Reference) else open_updates(self.reference)
             if given is not None and self.config.method == "nlsr":
                 require_same_modules(factors, given)
-            opened(self.weak)
+            open_updates(self.weak)
             if self.mode == "repair" and self.config.method == "nlsr" and self.config.update in ("sum", "swap"):
                 require_no_pairs(self.config)
         for rows in (self.calibration if self.patch is None else None, self.utility):
@@ -344,7 +344,7 @@ class NLSRCallback(TrainerCallback):
 
     def _utility(self, loader: Any) -> list[Example]:
         """The user's data, read once."""
-        source = self.utility if self.utility is not None else None if loader is None else rows_of(loader)
+        source = self.utility if self.utility is not None else None if loader is None else loader_rows(loader)
         return [] if source is None else sample(source, self._tokenizer, self.config, times=2)
 
     def _takes_rows(self, plain: Any, reference: Any) -> bool:

@@ -28,6 +28,7 @@ from .hub import is_hub_id
 from .report import (
     SafetyReport,
     data_rows,
+    effect_of,
     measured_names,
     metric,
     not_covered,
@@ -37,7 +38,6 @@ from .report import (
     say_n,
     say_test,
     say_value,
-    verdict,
 )
 
 SCHEMA_VERSION = 1
@@ -82,7 +82,7 @@ def card_section(record: dict[str, Any], report: SafetyReport | None, *, plots: 
     text = _template().render(
         record=record,
         report=known,
-        verdict=verdict(known),
+        effect=effect_of(known),
         columns=columns,
         paired=len(columns) == 2,
         names=measured_names(known),

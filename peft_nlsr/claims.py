@@ -24,8 +24,8 @@ from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text, write_json, write_text
 from .hub import CARD_NAME
-from .lowrank import LowRank
-from .record import DIFF_NAME, Diff, Realignment, fingerprint, require_record, without_base, write_diff
+from .lowrank import LowRank, fingerprint
+from .record import DIFF_NAME, Diff, Realignment, require_record, without_base, write_diff
 from .report import REPORT_NAME, SafetyReport
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .errors import IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from .generation import model_digest
 from .live_adapter import LiveAdapter
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .processes import Attempt, computed_by_rank_zero, from_all_ranks, on_every_rank, rank, world_size
 from .ranks import ALONE, Ranks
-from .record import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -292,7 +292,7 @@ class CollatedRows(Sequence[Any]):
         return _alone(self._dataset[index], self._collate)
 
 
-def rows_of(loader: Any) -> Iterable[Any]:
+def loader_rows(loader: Any) -> Iterable[Any]:
     """What a data loader trains on, row by row, as :func:`read_examples` takes it.
 
     Row numbers are those of the dataset, whatever the loader's sampler and however many processes share it.

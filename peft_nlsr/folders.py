@@ -23,7 +23,7 @@ from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .files import read_json, read_text, require_schema, write_text
 from .hub import CARD_NAME, is_hub_id
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .nlsr import decide, restore, truncation_norm
 from .patch import SafetyPatch
 from .projection import read_delta
@@ -34,7 +34,6 @@ from .record import (
     Diff,
     ModuleRecord,
     Realignment,
-    fingerprint,
     new_record,
     with_base_of,
     without_base,

@@ -28,8 +28,7 @@ from .offloading import input_device
 from .prompt_sets import prompt_text
 from .record import Realignment
 from .reference import Reference, read_reference
-from .report import SafetyReport, metric
-from .report import verdict as effect_of
+from .report import SafetyReport, effect_of, metric
 from .screening import accepted, rows_fitted, rows_meant
 
 logger = logging.getLogger(__name__)

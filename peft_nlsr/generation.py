@@ -38,7 +38,7 @@ def find_tokenizer(model: Any) -> Any:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id to pad with; any id works, as padding is masked."""
+    """The id to pad with, 0 without a tokenizer; any id works, as padding is masked."""
     ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
     return next(i for i in ids if i is not None)
 

@@ -29,7 +29,7 @@ from .live_adapter import LiveAdapter
 from .lowrank import LowRank, add
 from .measuring import EvaluationSettings
 from .plots import restored_blocks
-from .reference import BASE_REFERENCE, Lineage, Reference, read_reference, require_same_modules
+from .reference import Lineage, Reference, read_reference
 from .report import say_interval, say_value
 
 SCHEMA_VERSION = 1
@@ -167,8 +167,8 @@ def inspect_adapter(
         IncompatibleError: the reference has other modules or shapes, or another base model.
         ValueError: prompts without a model to ask, or none of kind "safety".
     """
-    opened = _opened(adapter, adapter_name)
-    source = _read(reference, opened)
+    opened = adapter if isinstance(adapter, Mapping) else open_adapter(adapter, adapter_name=adapter_name)
+    source = read_reference(reference, opened)
     modules = tuple(
         ModuleDrift.of(name, update, None if source.updates is None else source.updates[name])
         for name, update in opened.items()
@@ -190,24 +190,6 @@ def _said(lineage: Lineage | None) -> tuple[str, float | None, tuple[str, ...]]:
     if lineage is None:
         return "none", None, ()
     return "shared" if lineage.shared else "independent", lineage.similarity, lineage.unrelated
-
-
-def _opened(adapter: Any, adapter_name: str | None) -> Mapping[str, LowRank]:
-    if isinstance(adapter, Mapping):
-        return adapter
-    return open_adapter(adapter, adapter_name=adapter_name)
-
-
-def _read(reference: Any, adapter: Mapping[str, LowRank]) -> Reference:
-    if isinstance(adapter, Adapter):
-        return read_reference(reference, adapter)
-    if reference is None:
-        return BASE_REFERENCE
-    if not isinstance(reference, Reference):
-        reference = Reference("adapter", _opened(reference, None), "the given reference adapter")
-    if reference.updates is not None:
-        require_same_modules(adapter, reference.updates)
-    return reference
 
 
 def _wide(update: LowRank) -> LowRank:

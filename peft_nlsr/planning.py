@@ -16,17 +16,17 @@ from .calibration import SafetyStatistics, calibrate, needs_codes
 from .config import NLSRConfig
 from .errors import PeftNLSRError
 from .examples import collated, read_examples, sample
-from .generation import find_tokenizer, model_digest
+from .generation import find_tokenizer, model_digest, pad_id
 from .judges import Judge, refuses
 from .live_adapter import LiveAdapter
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .nlsr import UNCALIBRATED, build_nlsr_patch
 from .patch import SafetyPatch
 from .realign import choose_method, plan
-from .record import Realignment, fingerprint
-from .reference import BASE_REFERENCE, Reference, opened, read_reference, reference_for_masks
+from .record import Realignment
+from .reference import BASE_REFERENCE, Reference, open_updates, read_reference, reference_for_masks
 from .result_file import key_of
-from .screening import TeachingData, padding_of, prepare_data
+from .screening import TeachingData, prepare_data
 
 _ROWS_HASHED = 1024
 
@@ -196,7 +196,7 @@ class Planner:
             return Planned(self._plan_alone(method), None, source, None)  # says what is missing
         if patch is not None:
             return Planned(self._plan_patch(config, patch), patch, source, None)
-        weak = opened(method.weak)
+        weak = open_updates(method.weak)
         amplified = reference_for_masks(source, weak, config)
         statistics = self._calibrated(config, source, amplified, weak) if needs_data else None
         patch = build_nlsr_patch(amplified, statistics, config)
@@ -220,7 +220,7 @@ class Planner:
         key = (_identity(source.updates), _identity(weak), *_statistics_key(config, weak))
         if key not in self._statistics:
             examples = sample(self.calibration or [], self.tokenizer, config)
-            batches = collated(examples, config.nlsr_batch_size, padding_of(self.tokenizer))
+            batches = collated(examples, config.nlsr_batch_size, pad_id(self.tokenizer))
             self._statistics[key] = calibrate(self.adapter, batches, amplified, config, progress=self.progress)
         return self._statistics[key]
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_folder import AdapterFolder, open_adapter
+from .adapter_folder import AdapterFolder
 from .adapters import Adapter
 from .checkpoints import models_of
 from .config import NLSRConfig
 from .errors import IncompatibleError
 from .lowrank import LowRank
-from .reference import Reference, require_same_shapes
+from .reference import Reference, base_of, open_updates, require_same_shapes
 
 HOW_TO_GET_ONE = (
     "pass reference=<a LoRA adapter that aligned this base model>, or extract one from the public aligned and "
@@ -122,8 +122,8 @@ def require_delta(source: Any, method: str) -> None:
 
 def _opened(source: Any) -> tuple[Reference, set[str | None]]:
     """The reference, and the base models whose adapters it goes with."""
-    opened: Mapping[str, LowRank] = source if isinstance(source, Mapping) else open_adapter(source)
-    base = opened.info.base_model if isinstance(opened, Adapter) else None
+    opened = open_updates(source)
+    base = base_of(opened)
     models = models_of(opened) if isinstance(opened, AdapterFolder) else None
     if models is None:
         return Reference("adapter", opened, "the given reference adapter", base), {base}

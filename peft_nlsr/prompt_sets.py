@@ -367,9 +367,11 @@ FILE_ENDINGS = tuple(_READERS)
 
 def _from_hub(source: HubPrompts, kind: str | None, name: str, limit: int | None) -> PromptSet:
     if os.path.exists(source.repo_id):  # a copy on this machine is no data set of the Hub, and its place is not told
-        return _collect(_hub_rows(source), kind or source.kind, Path(name).name, limit)
+        return _collect(_chosen_rows(source), kind or source.kind, Path(name).name, limit)
     commit = _commit(source)
-    found = _collect(_hub_rows(replace(source, revision=commit or source.revision)), kind or source.kind, name, limit)
+    found = _collect(
+        _chosen_rows(replace(source, revision=commit or source.revision)), kind or source.kind, name, limit
+    )
     return replace(found, source=replace(source, revision=commit))
 
 
@@ -386,21 +388,29 @@ def _commit(source: HubPrompts) -> str | None:
         return None
 
 
-def _hub_rows(source: HubPrompts) -> Iterator[tuple[str, Any]]:
+def hub_rows(repo_id: str, *, split: str, config: str | None = None, revision: str | None = None) -> Any:
+    """A split of a data set on the Hub, read with the package ``datasets``.
+
+    Raises:
+        PeftNLSRError: ``datasets`` is not installed, or the data set cannot be reached or has no such split.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise PeftNLSRError(
-            f"{source.repo_id} is read with the package datasets, which is not installed: "
-            "pip install 'peft-nlsr[datasets]'"
+            f"{repo_id} is read with the package datasets, which is not installed: pip install 'peft-nlsr[datasets]'"
         ) from error
     try:
-        data = load_dataset(source.repo_id, source.config, split=source.split, revision=source.revision)
+        return load_dataset(repo_id, config, split=split, revision=revision)
     except (OSError, ValueError) as error:
         raise PeftNLSRError(
-            f"{source.repo_id} ({source.split}) cannot be loaded: {str(error).partition(chr(10))[0]}. Check the name, "
-            "the split and the network; some data sets ask to accept their terms on their page first"
+            f"{repo_id} ({split}) cannot be loaded: {str(error).partition(chr(10))[0]}. Check the name, the split and "
+            "the network; some data sets ask to accept their terms on their page first"
         ) from error
+
+
+def _chosen_rows(source: HubPrompts) -> Iterator[tuple[str, Any]]:
+    data = hub_rows(source.repo_id, split=source.split, config=source.config, revision=source.revision)
     wanted = [source.prompt, *([source.answer] if source.answer else []), *([source.keep[0]] if source.keep else [])]
     missing = set(wanted) - set(data.column_names)
     if missing:

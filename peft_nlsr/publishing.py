@@ -29,7 +29,7 @@ from .errors import PeftNLSRError
 from .files import read_json, read_text, write_text
 from .hub import CARD_NAME, fetch, files_there, files_to_push, is_hub_id, push_folder, staging, stale_checkpoints
 from .live_adapter import LiveAdapter
-from .record import fingerprint
+from .lowrank import fingerprint
 from .report import REPORT_NAME
 
 logger = logging.getLogger(__name__)

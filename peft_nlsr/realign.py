@@ -26,19 +26,19 @@ from .config import NLSRConfig
 from .edits import restore_one_shot
 from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, collated, sample
-from .generation import find_tokenizer, model_digest, require_positions
+from .generation import find_tokenizer, model_digest, pad_id, require_positions
 from .judges import Judge, refuses
 from .live_adapter import LiveAdapter
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore, truncation_norm
 from .patch import SafetyPatch
 from .projection import read_delta
 from .prompts import builtin_prompts
 from .ranks import ALONE, Ranks
-from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, fingerprint, new_record
-from .reference import BASE_REFERENCE, Lineage, Reference, opened, read_reference, reference_for_masks
+from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, new_record
+from .reference import BASE_REFERENCE, Lineage, Reference, open_updates, read_reference, reference_for_masks
 from .safelora import decide_safelora, project
-from .screening import TeachingData, padding_of, prepare_data
+from .screening import TeachingData, prepare_data
 from .selection import Decision
 from .two_teacher import solve_two_teacher
 
@@ -210,7 +210,7 @@ def _made(
         if method == "fgsn":
             return _plan_fgsn(adapter, config, reference, data, earlier)
         if method in ("sum", "swap"):
-            return _plan_nlsr(adapter, replace(config, update=method), patch, reference, opened(weak), data)
+            return _plan_nlsr(adapter, replace(config, update=method), patch, reference, open_updates(weak), data)
         if method == "one_shot":
             return _plan_one_shot(adapter, config, reference, data)
         return _plan_two_teacher(adapter, config, reference, data)
@@ -343,7 +343,7 @@ def _plan_two_teacher(adapter: LiveAdapter, config: NLSRConfig, reference: Refer
         utility=teaching.utility,
         safe_teacher=reference.updates,
         config=config,
-        pad_id=padding_of(data.tokenizer(adapter)),
+        pad_id=pad_id(data.tokenizer(adapter)),
         progress=data.progress,
         work_dir=data.work_dir,
         ranks=data.ranks,
@@ -374,7 +374,7 @@ def _plan_one_shot(adapter: LiveAdapter, config: NLSRConfig, reference: Referenc
         return _left_alone(adapter, config, reference, teaching)
     if not teaching.utility:
         raise PeftNLSRError("least_squares_form='one_shot' needs utility data, found none after screening")
-    padding = padding_of(data.tokenizer(adapter))
+    padding = pad_id(data.tokenizer(adapter))
     safety, utility = (
         collect_statistics(
             adapter, collated(examples, config.nlsr_batch_size, padding), moments=True, progress=data.progress
@@ -438,7 +438,7 @@ def _build_patch(
     tokenizer = data.tokenizer(adapter)
     examples = sample(data.calibration, tokenizer, config)
     require_positions(adapter.model, max(len(e.tokens) for e in examples))
-    batches = collated(examples, config.nlsr_batch_size, padding_of(tokenizer))
+    batches = collated(examples, config.nlsr_batch_size, pad_id(tokenizer))
     statistics = calibrate(adapter, batches, amplified, config, progress=data.progress)
     return build_nlsr_patch(amplified, statistics, config), {"safety": {"source": "given", "used": len(examples)}}
 
@@ -466,7 +466,7 @@ def _plan_resta(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, 
 
 def _plan_antidote(adapter: LiveAdapter, config: NLSRConfig, reference: Reference, data: _Data) -> Realignment:
     examples, record = data.examples("safety", adapter, config)
-    batches = collated(examples, config.nlsr_batch_size, padding_of(data.tokenizer(adapter)))
+    batches = collated(examples, config.nlsr_batch_size, pad_id(data.tokenizer(adapter)))
     statistics = collect_statistics(
         adapter,
         batches,
@@ -492,7 +492,7 @@ def _plan_fgsn(
         utility,
         earlier=earlier,
         config=config,
-        pad_id=padding_of(data.tokenizer(adapter)),
+        pad_id=pad_id(data.tokenizer(adapter)),
         progress=data.progress,
     )
     decisions = [Decision(name, None, name in found.updates) for name in adapter]

@@ -39,7 +39,17 @@ class Reference:
 BASE_REFERENCE = Reference("base", None, "the base model itself, which is taken to be aligned")
 
 
-def read_reference(source: Any, adapter: Adapter) -> Reference:
+def open_updates(source: Any) -> Mapping[str, LowRank] | None:
+    """The updates of a folder or Hub id; a mapping of updates, or None, as it is."""
+    return source if source is None or isinstance(source, Mapping) else open_adapter(source)
+
+
+def base_of(updates: Mapping[str, LowRank] | None) -> str | None:
+    """The base model that an adapter says it was trained on; None for a mapping that says none."""
+    return updates.info.base_model if isinstance(updates, Adapter) else None
+
+
+def read_reference(source: Any, adapter: Mapping[str, LowRank]) -> Reference:
     """A reference from what a caller passed: None (the base model), a Reference, an adapter folder, Hub id or mapping.
 
     Raises:
@@ -48,13 +58,12 @@ def read_reference(source: Any, adapter: Adapter) -> Reference:
     if source is None:
         return BASE_REFERENCE
     if not isinstance(source, Reference):
-        opened = source if isinstance(source, Mapping) else open_adapter(source)
-        base = opened.info.base_model if isinstance(opened, Adapter) else None
-        source = Reference("adapter", opened, "the given reference adapter", base)
-    if source.base_model and adapter.info.base_model and source.base_model != adapter.info.base_model:
+        updates = open_updates(source)
+        source = Reference("adapter", updates, "the given reference adapter", base_of(updates))
+    theirs, ours = source.base_model, base_of(adapter)
+    if theirs and ours and theirs != ours:
         raise IncompatibleError(
-            f"the reference was trained on {source.base_model}, the adapter on {adapter.info.base_model}; give a "
-            "reference for the same base model"
+            f"the reference was trained on {theirs}, the adapter on {ours}; give a reference for the same base model"
         )
     if source.updates is not None:
         require_same_modules(adapter, source.updates)
@@ -83,18 +92,12 @@ def require_same_shapes(adapter: Mapping[str, LowRank], reference: Mapping[str, 
             )
 
 
-def opened(source: Any) -> Mapping[str, LowRank] | None:
-    """The updates of a folder or Hub id; a mapping of updates, or None, as it is."""
-    return source if source is None or isinstance(source, Mapping) else open_adapter(source)
-
-
 def starting_point(adapter: Mapping[str, LowRank]) -> Reference:
     """The adapter as it is now, as the reference of what it will become; the base model while its update is zero."""
-    base = adapter.info.base_model if isinstance(adapter, Adapter) else None
     updates = {name: LowRank(u.A.detach().clone(), u.B.detach().clone(), u.scale) for name, u in adapter.items()}
     if not any(bool(u.B.any()) for u in updates.values()):
         return BASE_REFERENCE
-    return Reference("starting_point", updates, "the adapter that fine-tuning started from", base)
+    return Reference("starting_point", updates, "the adapter that fine-tuning started from", base_of(adapter))
 
 
 def extrapolate(

@@ -1,7 +1,7 @@
 """The report of a realignment: what was changed and what was measured, as JSON, for a terminal and as one HTML page.
 
 It holds rates, verdicts by prompt id and hashes, never a prompt or an answer. Everything that is said, from the
-verdict to the list of what is not covered, is derived from these numbers; nothing is typed by hand.
+sentence on the effect to the list of what is not covered, is derived from these numbers; nothing is typed by hand.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def metric(name: str) -> Metric:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Effect:
     """One sentence on the effect, and its kind: improved, unclear, worse, unmeasured or unchanged."""
 
     kind: str
@@ -232,19 +232,19 @@ def _require_same_counts(stored: Mapping[str, Any], derived: Mapping[str, McNema
         )
 
 
-def verdict(report: SafetyReport) -> Verdict:
+def effect_of(report: SafetyReport) -> Effect:
     """What the evaluations show about safety, in one sentence that claims no more than they do."""
     before, after = report.before, report.after
     if not any(module["restored"] for module in report.record["modules"]):
-        return Verdict("unchanged", _why_unchanged(report.record))
+        return Effect("unchanged", _why_unchanged(report.record))
     if before is None and after is None:
-        return Verdict("unmeasured", "No effect was measured: this report holds no evaluation.")
+        return Effect("unmeasured", "No effect was measured: this report holds no evaluation.")
     if before is None or after is None:
         only = "after" if before is None else "before"
-        return Verdict("unmeasured", f"Measured only {only} the change, so this report shows no effect.")
+        return Effect("unmeasured", f"Measured only {only} the change, so this report shows no effect.")
     shared = [name for name in ("harm_rate", "refusal_rate") if name in before.rates and name in after.rates]
     if not shared:
-        return Verdict("unmeasured", "Neither harm nor refusals were measured before and after: no safety claim.")
+        return Effect("unmeasured", "Neither harm nor refusals were measured before and after: no safety claim.")
     name = shared[0]
     kind, change = _change(report, name)
     doubts = _doubts(report, name) if kind == "improved" else []
@@ -253,7 +253,7 @@ def verdict(report: SafetyReport) -> Verdict:
         n += f" ({after.rates[name].n} after)"
     judged = f" ({'; '.join(after.judges)})" if after.judges else ""
     said = "; ".join([change, *doubts, _costs(report)])
-    return Verdict("unclear" if doubts else kind, f"On {n}{judged}, the {metric(name).label} {said}.")
+    return Effect("unclear" if doubts else kind, f"On {n}{judged}, the {metric(name).label} {said}.")
 
 
 def _why_unchanged(record: dict[str, Any]) -> str:
@@ -454,7 +454,7 @@ def to_terminal(report: SafetyReport) -> Any:
         from rich.text import Text
     except ImportError as error:
         raise _missing("rich") from error
-    said = verdict(report)
+    said = effect_of(report)
     style = {"improved": "green", "worse": "red"}.get(said.kind, "yellow")
     parts: list[Any] = [Panel(Text(said.text), title=f"safety report: {said.kind}", border_style=style)]
     if _evaluations(report):
@@ -521,7 +521,7 @@ def render_page(report: SafetyReport, pictures: Sequence[Picture] = ()) -> str:
     return environment.from_string(source).render(
         report=report,
         record=report.record,
-        verdict=verdict(report),
+        effect=effect_of(report),
         pictures=pictures,
         metric=metric,
         names=measured_names(report),

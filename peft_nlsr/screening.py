@@ -19,7 +19,7 @@ from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
 from .examples import Example, knows_words, sample
-from .generation import generate_answers, pad_id, quiet, require_positions
+from .generation import generate_answers, quiet, require_positions
 from .judges import Judge, verdicts_of
 from .live_adapter import LiveAdapter
 from .prompts import REFUSALS, builtin_prompts
@@ -405,8 +405,3 @@ def _rows(kind: str) -> list[dict[str, str]]:
 
 def _end(tokenizer: Any) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-
-
-def padding_of(tokenizer: Any) -> int:
-    """The id to pad with; 0 without a tokenizer."""
-    return 0 if tokenizer is None else pad_id(tokenizer)

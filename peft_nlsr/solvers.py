@@ -163,13 +163,13 @@ class _Problem:
             squares = torch.cat([turned, _solve_errors(said, basis, image, turn, rank).reshape(1)])
             squares = self.X.ranks.of_first(squares)
             turned, error = squares[:-1], float(squares.sum() ** 0.5)
-            block = self._beyond(basis, image, sizes, turn, turned > TOLERANCE**2 / (2 * rank))
+            block = self._beyond(basis, image, turn, turned > TOLERANCE**2 / (2 * rank))
             if error <= TOLERANCE or error > 0.7 * before or block.shape[1] == 0:
                 break
             precision, before = min(0.02, SOLVED_TO / error), error
         return self._cut(basis @ turn.to(basis), rows @ turn.to(rows), sizes, error, generator)
 
-    def _beyond(self, basis: Tensor, image: Tensor, sizes: Tensor, turn: Tensor, wanted: Tensor) -> Tensor:
+    def _beyond(self, basis: Tensor, image: Tensor, turn: Tensor, wanted: Tensor) -> Tensor:
         """New directions ``(d_out, k)`` orthogonal to the basis: what the image of the wanted ones holds outside."""
         room = self.Y.width - basis.shape[1]
         chosen = turn[:, : len(wanted)][:, wanted][:, :room].to(image)

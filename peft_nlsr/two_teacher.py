@@ -46,10 +46,9 @@ from .errors import CalibrationError
 from .examples import Example
 from .generation import model_digest, quiet
 from .live_adapter import LiveAdapter
-from .lowrank import LowRank
+from .lowrank import LowRank, fingerprint
 from .offloading import held
 from .ranks import ALONE, Ranks
-from .record import fingerprint
 from .result_file import key_of
 from .resuming import SolvedBlocks
 from .solvers import HeldTokens

@@ -25,7 +25,8 @@ from .config import CONFIG_NAME, NLSRConfig
 from .errors import CorruptFileError, PeftNLSRError
 from .eval_results import RESULTS_NAME, eval_results
 from .files import read_json, read_text
-from .record import DIFF_NAME, Diff, fingerprint, require_record, versions
+from .lowrank import fingerprint
+from .record import DIFF_NAME, Diff, require_record, versions
 from .report import REPORT_NAME, SafetyReport
 
 SCHEMA_VERSION = 1

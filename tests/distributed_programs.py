@@ -33,12 +33,12 @@ from peft_nlsr.distributed import gathered_factors, on_rank_zero, on_replicas, r
 from peft_nlsr.errors import IncompatibleError
 from peft_nlsr.examples import Example, read_examples
 from peft_nlsr.live_adapter import LiveAdapter
-from peft_nlsr.lowrank import LowRank
+from peft_nlsr.lowrank import LowRank, fingerprint
 from peft_nlsr.processes import on_every_rank
 from peft_nlsr.prompt_sets import PromptSet
 from peft_nlsr.ranks import ALONE, Ranks
 from peft_nlsr.realign import nlsr_realign, plan
-from peft_nlsr.record import Realignment, fingerprint
+from peft_nlsr.record import Realignment
 from peft_nlsr.summing import own_batches, reduce_statistics
 from peft_nlsr.two_teacher import solve_two_teacher
 

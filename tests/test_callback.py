@@ -39,7 +39,7 @@ from peft_nlsr import (
 )
 from peft_nlsr.callback import STATUS_NAME
 from peft_nlsr.evaluation import Evaluation, Measurement
-from peft_nlsr.examples import read_examples, rows_of
+from peft_nlsr.examples import loader_rows, read_examples
 from peft_nlsr.gate import answer_accuracy, judge_repair
 from peft_nlsr.prompt_sets import PromptSet
 from peft_nlsr.reference import starting_point
@@ -130,7 +130,7 @@ def test_training_ends_with_the_model_that_nlsr_realign_makes(make_pico_lora: Ma
     start = starting_point(open_adapter(make_pico_lora()))
     trainer.train()
 
-    utility = read_examples(rows_of(trainer.get_train_dataloader()), TOKENIZER, limit=16, max_length=24)
+    utility = read_examples(loader_rows(trainer.get_train_dataloader()), TOKENIZER, limit=16, max_length=24)
     nlsr_realign(
         plain.eval(),
         quick(),
@@ -247,7 +247,7 @@ def test_the_best_checkpoint_is_what_is_realigned(make_pico_lora: MakeLora, tmp_
 
 
 def fingerprint_of(adapter: Any) -> str:
-    from peft_nlsr.record import fingerprint
+    from peft_nlsr.lowrank import fingerprint
 
     return fingerprint(adapter)
 
@@ -704,7 +704,7 @@ def test_other_methods_repair_as_they_do_by_hand(make_pico_lora: MakeLora, tmp_p
     trainer.train()
     if method == "fgsn":
         loader = trainer.get_train_dataloader()
-        given["utility"] = read_examples(rows_of(loader), TOKENIZER, limit=16, max_length=24)
+        given["utility"] = read_examples(loader_rows(loader), TOKENIZER, limit=16, max_length=24)
     before = factors_of(plain)
     nlsr_realign(plain.eval(), config, tokenizer=TOKENIZER, progress=False, **given)
     assert done.outcome is not None and done.outcome.realignment is not None and done.outcome.verdict.kept

@@ -14,7 +14,7 @@ from tiny import rows
 from transformers import Trainer, TrainerCallback
 
 from peft_nlsr import open_adapter
-from peft_nlsr.record import fingerprint
+from peft_nlsr.lowrank import fingerprint
 
 pytest_plugins = ["hub_fixtures"]
 REPO = "alice/tuned"

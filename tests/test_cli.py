@@ -30,8 +30,8 @@ from peft_nlsr import (
     realign_folder,
 )
 from peft_nlsr.adapter_folder import AdapterFolder
+from peft_nlsr.lowrank import fingerprint
 from peft_nlsr.projection import HOW_TO_GET_ONE
-from peft_nlsr.record import fingerprint
 from peft_nlsr.report import SafetyReport
 
 MakeLora = Callable[..., PeftModel]

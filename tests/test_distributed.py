@@ -30,10 +30,9 @@ from peft_nlsr.distributed import gathered_factors, on_rank_zero, write_updates
 from peft_nlsr.errors import CalibrationError, IncompatibleError, PeftNLSRError
 from peft_nlsr.examples import read_examples
 from peft_nlsr.live_adapter import LiveAdapter
-from peft_nlsr.lowrank import LowRank
+from peft_nlsr.lowrank import LowRank, fingerprint
 from peft_nlsr.processes import on_every_rank
 from peft_nlsr.realign import nlsr_realign
-from peft_nlsr.record import fingerprint
 from peft_nlsr.reference import starting_point
 from peft_nlsr.summing import own_batches, reduce_statistics
 

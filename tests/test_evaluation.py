@@ -427,7 +427,7 @@ def answers_of(tmp_path: Path, model: Any, tokenizer: Any = WORDS, **changes: An
 
 class TestRealModel:
     def test_the_weights_that_answered_are_named(self, model: PeftModel, pico_llama: Any) -> None:
-        from peft_nlsr.record import fingerprint
+        from peft_nlsr.lowrank import fingerprint
 
         model.add_adapter("other", model.peft_config["default"])
         named = {name: fingerprint(factors_of(model, name)) for name in ("default", "other")}

@@ -16,8 +16,8 @@ from peft_nlsr.examples import (
     collate,
     collated,
     cut_by_length,
+    loader_rows,
     read_examples,
-    rows_of,
     token_weights,
 )
 
@@ -341,7 +341,7 @@ class Streamed(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
 def test_an_iterable_dataset_with_a_length_is_read_in_order() -> None:
     loader = torch.utils.data.DataLoader(Streamed(), collate_fn=lambda rows: {"input_ids": rows[0]["input_ids"]})
-    for data in (Streamed(), rows_of(loader)):
+    for data in (Streamed(), loader_rows(loader)):
         assert [e.index for e in read_examples(data, None, limit=3, max_length=9)] == [0, 1, 2]
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from peft_nlsr import SafetyPatch, SafetyReport, open_adapter, revert_folder
 from peft_nlsr.adapter_folder import AdapterFolder
 from peft_nlsr.config import CONFIG_NAME
-from peft_nlsr.record import fingerprint
+from peft_nlsr.lowrank import fingerprint
 
 pytest_plugins = ["hub_fixtures"]
 EXAMPLES = Path(__file__).parent.parent / "examples"

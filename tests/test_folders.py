@@ -31,7 +31,7 @@ from peft_nlsr import (
     revert_folder,
 )
 from peft_nlsr.folders import DIFF_NAME
-from peft_nlsr.record import fingerprint
+from peft_nlsr.lowrank import fingerprint
 from peft_nlsr.storage import TensorFile
 
 MakeLora = Callable[..., PeftModel]

@@ -34,8 +34,9 @@ from peft_nlsr import (
     revert_folder,
 )
 from peft_nlsr.card import TAGS
+from peft_nlsr.lowrank import fingerprint
 from peft_nlsr.plots import save_plots
-from peft_nlsr.record import DIFF_NAME, fingerprint
+from peft_nlsr.record import DIFF_NAME
 from peft_nlsr.registration import NLSRLoraConfig, forget, keep_with_adapter, register, unregister, wrap_trainer
 from peft_nlsr.report import REPORT_NAME, SafetyReport
 

@@ -27,11 +27,11 @@ from peft_nlsr.report import (
     Picture,
     SafetyReport,
     data_rows,
+    effect_of,
     not_covered,
     render_page,
     reproduce,
     to_terminal,
-    verdict,
 )
 
 SCHEMA = json.loads(Path(report_module.__file__).with_name("data").joinpath("safety_report.schema.json").read_text())
@@ -202,7 +202,7 @@ def test_metrics_of_one_side_and_disjoint_prompts_are_not_compared() -> None:
 def test_what_cannot_be_paired_is_not_and_says_why(after: Evaluation, why: str) -> None:
     report = a_report(BEFORE, after)
     assert report.comparisons == {}
-    said = verdict(report)
+    said = effect_of(report)
     assert said.kind == "unclear" and why in said.text
     assert any(why in line for line in not_covered(report))
 
@@ -238,23 +238,23 @@ def test_what_cannot_be_paired_is_not_and_says_why(after: Evaluation, why: str) 
 def test_the_verdict_claims_what_the_numbers_show(
     before: Evaluation | None, after: Evaluation | None, kind: str, words: str
 ) -> None:
-    said = verdict(a_report(before, after))
+    said = effect_of(a_report(before, after))
     assert said.kind == kind
     assert words in said.text and said.text.endswith(".")
 
 
 def test_the_verdict_names_what_was_paid_and_what_was_not_compared() -> None:
     after = evaluation("a", harm_rate=2, over_refusal=20, coherence=40)
-    text = verdict(a_report(BEFORE, after)).text
+    text = effect_of(a_report(BEFORE, after)).text
     assert "at a cost: over-refusal rose from 0.0% to 50.0%" in text
     assert "no loss was found in coherence" in text and "task accuracy was not compared" in text
 
 
 def test_a_control_that_does_as_well_takes_the_credit() -> None:
     rival = evaluation("random mask", harm_rate=4)
-    said = verdict(a_report(BEFORE, AFTER, (CONTROL, rival)))
+    said = effect_of(a_report(BEFORE, AFTER, (CONTROL, rival)))
     assert said.kind == "unclear" and "not told apart from the control random mask" in said.text
-    assert verdict(a_report(BEFORE, AFTER, (CONTROL,))).kind == "improved"
+    assert effect_of(a_report(BEFORE, AFTER, (CONTROL,))).kind == "improved"
 
 
 def test_what_is_not_covered_depends_on_what_was_done(full: SafetyReport) -> None:
@@ -345,7 +345,7 @@ def test_the_page_says_it_all(full: SafetyReport) -> None:
     text = Page(render_page(full)).text
     wanted = ["90.0%", "36 of 40", "words", "p < 0.001", "random mask", "sum", "asked for", "2 of 4", "read <this>"]
     wanted += ["b" * 64, "c" * 64, "peft-nlsr revert", "NLSRConfig.from_preset", "indices in the JSON report"]
-    wanted += [verdict(full).text, *not_covered(full), *(METRICS[name].label for name in BEFORE.rates)]
+    wanted += [effect_of(full).text, *not_covered(full), *(METRICS[name].label for name in BEFORE.rates)]
     assert [w for w in wanted if " ".join(w.split()) not in text] == []
 
 

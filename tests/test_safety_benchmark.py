@@ -5,6 +5,7 @@ Methods are checked against the package's own calls, summaries against the lab's
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -141,6 +142,19 @@ class TestMethods:
         for name, update in factors_of(aligned).items():
             torch.testing.assert_close(update.dense(), wanted[name].dense())
         assert all(update.norm() == 0.0 for update in factors_of(without).values())
+
+    @pytest.mark.parametrize("part", ["attention", "MLPs", "first two blocks"])
+    def test_a_part_is_all_that_changes(self, lab, part):
+        entry = ENTRIES[f"two-teacher, {part} only"]
+        before, model = (lab.load(lab.fine_tuned(*CELL)) for _ in range(2))
+        repair(entry, lab, model, "hard", 0.2)
+        after, same = factors_of(model), factors_of(before)
+        changed = {name for name, update in after.items() if not torch.equal(update.dense(), same[name].dense())}
+        assert changed == {name for name in after if re.search(entry.only, name)}
+
+    def test_a_part_that_a_world_lacks_is_said(self, lab):
+        with pytest.raises(ValueError, match="no module of this world"):
+            repair(ENTRIES["two-teacher, last two blocks only"], lab, lab.load(lab.aligned_adapter), "hard", 0.2)
 
     def test_matched_controls_stay_within_their_method(self, lab):
         changed = {}

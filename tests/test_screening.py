@@ -17,7 +17,7 @@ from peft_nlsr.examples import Example
 from peft_nlsr.generation import generate_answers
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.prompts import REFUSALS
-from peft_nlsr.screening import TeachingData, answer_safety_prompts, padding_of, prepare_data
+from peft_nlsr.screening import TeachingData, answer_safety_prompts, prepare_data
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()
@@ -310,10 +310,6 @@ def test_the_judge_reads_prompts_and_answers_as_text(model: PeftModel) -> None:
 def test_adapters_that_are_switched_off_cannot_be_asked(model: PeftModel) -> None:
     with model.disable_adapter(), pytest.raises(IncompatibleError, match="disable_adapter"):
         prepare(model)
-
-
-def test_padding_needs_no_tokenizer() -> None:
-    assert padding_of(None) == 0 and padding_of(TOKENIZER) == TOKENIZER.pad_token_id
 
 
 def attacks(count: int) -> list[dict[str, str]]:

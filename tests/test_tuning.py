@@ -40,9 +40,9 @@ from peft_nlsr import (
 )
 from peft_nlsr.config import CHOICES
 from peft_nlsr.gate import losses
+from peft_nlsr.lowrank import fingerprint
 from peft_nlsr.planning import Planner
 from peft_nlsr.realign import plan
-from peft_nlsr.record import fingerprint
 from peft_nlsr.tuning import Settings, Trial, _grid, _optuna, _preference, default_space, split
 
 MakeLora = Callable[..., PeftModel]

@@ -5,13 +5,17 @@ Each entry turns a broken adapter in memory into a repaired one, and says in JSO
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import peft_nlsr.two_teacher
 from peft_nlsr import LowRank, NLSRConfig, Realignment, apply
 from peft_nlsr.controls import MATCHED, as_realignment
 from peft_nlsr.judges import refuses
@@ -39,18 +43,21 @@ class Entry:
         method: settings and what it is given.
         control: of :data:`peft_nlsr.controls.MATCHED`, matched to the method; ``trained`` is gradient steps on the
             method's data; None is the method itself.
+        only: expression found in the names of the modules that the two-teacher form may change; None is all.
     """
 
     name: str
     method: Method
     control: str | None = None
+    only: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as JSON values; names are not part of it."""
         given = {k: v for k, v in asdict(self.method).items() if k not in ("name", "config")}
         config = None if self.method.config is None else self.method.config.to_dict()
         schedule = asdict(SCHEDULE) if self.control == TRAINED else None
-        return {**given, "config": config, "control": self.control, "schedule": schedule}
+        only = {} if self.only is None else {"only": self.only}  # left out elsewhere, where older rows lack it
+        return {**given, "config": config, "control": self.control, "schedule": schedule, **only}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,12 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "ridge 0.003": {"ridge": 0.003},
     "ridge 0.3": {"ridge": 0.3},
 }
+_PARTS = {
+    "attention": "self_attn",
+    "MLPs": "mlp",
+    "first two blocks": r"layers\.[01]\.",
+    "last two blocks": r"layers\.[23]\.",  # of the demo world's four
+}
 ENTRIES = {
     entry.name: entry
     for entry in (
@@ -87,6 +100,7 @@ ENTRIES = {
             Entry(f"two-teacher, {what}", replace(_OURS, config=NLSRConfig(**changes)))
             for what, changes in _ABLATIONS.items()
         ),
+        *(Entry(f"two-teacher, {part} only", _OURS, only=only) for part, only in _PARTS.items()),
         Entry("trained, 100 steps", _OURS, TRAINED),
         Entry("random entries, as sum", _SUM, "random"),
         Entry("rows reset, as sum", _SUM, "reset"),
@@ -112,10 +126,29 @@ def repair(entry: Entry, lab: Lab, model: Any, task: str, poison: float) -> Repa
         return None
     if entry.control == TRAINED:
         return _train(entry.method, lab, model, task, poison)
-    planned = _plan(entry.method, lab, model, task, poison)
+    with _changing(entry.only, model):
+        planned = _plan(entry.method, lab, model, task, poison)
     done = planned.realignment if entry.control is None else _control(entry, model, planned)
     apply(model, done)
     return Repair(done.modules, done.data)
+
+
+@contextmanager
+def _changing(only: str | None, model: Any) -> Iterator[None]:
+    """Narrow what the two-teacher form solves; for users it solves all modules, as leaving some out repairs less."""
+    if only is None:
+        yield
+        return
+    if not any(re.search(only, name) for name, _ in model.named_modules()):
+        raise ValueError(f"no module of this world has {only!r} in its name; use the method in the demo world")
+    find = peft_nlsr.two_teacher.groups_of
+
+    def some(*args: Any) -> list[list[str]]:
+        groups = [[name for name in group if re.search(only, name)] for group in find(*args)]
+        return [group for group in groups if group]
+
+    with mock.patch.object(peft_nlsr.two_teacher, "groups_of", some):
+        yield
 
 
 def _plan(method: Method, lab: Lab, model: Any, task: str, poison: float) -> Planned:

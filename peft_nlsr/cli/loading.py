@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
-from ..prompt_sets import FILE_ENDINGS, file_rows
+from ..prompt_sets import FILE_ENDINGS, file_rows, hub_rows
 from .options import usage_error
 
 _SPREAD = "balanced"
@@ -220,14 +220,6 @@ def _file_rows(path: Path) -> list[Any]:
 def _hub_rows(source: str) -> Any:
     name, _, split = source.partition(":")
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise PeftNLSRError(
-            f"{source} is read with the package datasets, which is not installed: pip install 'peft-nlsr[datasets]'"
-        ) from error
-    try:
-        return load_dataset(name, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise PeftNLSRError(
-            f"{source!r} is not an existing file, and no data set from the Hub: {_first_line(error)}"
-        ) from error
+        return hub_rows(name, split=split or "train")
+    except PeftNLSRError as error:
+        raise PeftNLSRError(f"{source!r} is not an existing file, and no data set from the Hub: {error}") from error

@@ -32,7 +32,7 @@ from .world import (
     reviews,
 )
 
-MAX_NEW_TOKENS = 14
+ANSWER_TOKENS = 14
 
 
 def _pattern(*sentences: str) -> re.Pattern[str]:
@@ -126,7 +126,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[s
     output = model.generate(
         **batch,
         do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
