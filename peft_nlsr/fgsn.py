@@ -37,7 +37,7 @@ from .live_adapter import LiveAdapter
 from .lowrank import LowRank
 from .offloading import at_hand, input_device
 from .projection import Projection, projection_of
-from .record import DIFF_NAME, Diff, Realignment
+from .record import DIFF_NAME, Diff, Realignment, require_record
 
 RECORD_KEY = "fgsn"
 CONTINUES = "continues"  # in the record's data, the fingerprint of the adapter that a later dimension was planned for
@@ -93,11 +93,13 @@ class Earlier:
 
         Raises:
             PeftNLSRError: it holds no FGSN record, or not the original weights.
+            CorruptFileError: the record is malformed, or of another schema.
         """
         folder = Path(folder)
         record = read_json(folder / CONFIG_NAME).get("record") if (folder / CONFIG_NAME).is_file() else None
         if not isinstance(record, dict) or RECORD_KEY not in record.get("data", {}):
             raise PeftNLSRError(f"{folder} holds no record of an FGSN run; give the folder that one was saved to")
+        require_record(record, folder / CONFIG_NAME)
         if not (folder / DIFF_NAME).is_file():
             raise PeftNLSRError(
                 f"{folder} has no {DIFF_NAME}, and a new dimension starts from the original weights that it holds"

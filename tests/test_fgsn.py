@@ -42,6 +42,7 @@ from peft_nlsr import (
     revert,
     revert_folder,
 )
+from peft_nlsr.errors import CorruptFileError
 from peft_nlsr.examples import Example
 from peft_nlsr.fgsn import (
     Earlier,
@@ -563,6 +564,12 @@ def test_a_folder_that_cannot_be_continued_is_an_error(
         plan(drift(tuned), settings(), previous=folder, **given)
     with pytest.raises(ValueError, match=r"previous=... goes with method='fgsn', found method='nlsr'"):
         plan(tuned, NLSRConfig(), previous=folder, **given)
+    config = json.loads((folder / "nlsr_config.json").read_text())
+    newer = config | {"record": config["record"] | {"schema_version": 99}}
+    (folder / "nlsr_config.json").write_text(json.dumps(newer))
+    with pytest.raises(CorruptFileError, match="schema"):
+        plan(tuned, settings(), previous=folder, **given)
+    (folder / "nlsr_config.json").write_text(json.dumps(config))
     (folder / "nlsr_diff.safetensors").unlink()
     with pytest.raises(PeftNLSRError, match=r"has no nlsr_diff.safetensors"):
         plan(tuned, settings(), previous=folder, **given)
