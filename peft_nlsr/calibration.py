@@ -435,14 +435,15 @@ def collect_sequential(
             tqdm(modules, desc="sequential calibration", unit="block", disable=not progress)
         ):
             inside = {names[id(m)]: m for m in block.modules() if id(m) in names}
+            arguments = [inputs.arguments[index] for inputs in seen]
             with held(block):
                 with running.hooks(inside, None):
-                    for state, inputs, batch in zip(hidden, seen, plain, strict=True):
+                    for state, given, batch in zip(hidden, arguments, plain, strict=True):
                         running.mask.set(batch, False)
-                        run_block(block, state, inputs.arguments[index])
+                        run_block(block, state, given)
                 reduced = {name: _reduced(used[name], running.sums[name].finish(name), config) for name in inside}
                 with playing(adapter, reduced, reduced):
-                    hidden = [run_block(block, h, i.arguments[index]) for h, i in zip(hidden, seen, strict=True)]
+                    hidden = [run_block(block, *each) for each in zip(hidden, arguments, strict=True)]
     samples = sum(len(batch["input_ids"]) for batch in plain)
     return SafetyStatistics(running.finish(), _record(adapter, config.calibration_tokens, "reference", None, samples))
 

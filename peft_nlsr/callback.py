@@ -122,21 +122,10 @@ class NLSRCallback(TrainerCallback):
         defer_checkpoint_pushes: bool = True,
         trainer: Trainer | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
+        _require_settings(config, mode, tolerance)
         if evaluate is False and (mode == "monitor" or task is not None):
             why = "mode='monitor' only measures" if mode == "monitor" else "task=... is only measured"
             raise ValueError(f"{why}, so evaluate=False leaves nothing to do with it")
-        if config is not None and not isinstance(config, NLSRConfig):
-            raise ValueError(
-                f"config={config!r} is a {type(config).__name__}; give an NLSRConfig, for a preset "
-                "NLSRConfig.from_preset('paper')"
-            )
-        sets = None if isinstance(evaluate, bool) else require_prompt_sets(evaluate, "evaluate")
-        if sets is not None and not any(each.kind == "safety" for each in sets):
-            raise ValueError("evaluate=[prompt sets] needs one of kind 'safety' to measure the harm rate with")
-        if not 0.0 <= tolerance <= 1.0:
-            raise ValueError(f"tolerance={tolerance!r} must be in [0, 1]")
         self.config = config or NLSRConfig()
         self.patch, self.reference, self.weak = patch, reference, weak
         self.calibration, self.utility = _kept(calibration), _kept(utility)
@@ -152,7 +141,7 @@ class NLSRCallback(TrainerCallback):
         self.asked: EvaluationSettings | None = None
         if evaluate is not False:
             self.asked = EvaluationSettings(
-                prompts=sets,
+                prompts=None if evaluate is True else _with_safety(evaluate),
                 task=task,
                 judge=judge,
                 harm_judge=harm_judge,
@@ -410,6 +399,25 @@ class NLSRCallback(TrainerCallback):
             )
         except (PeftNLSRError, OSError) as error:
             logger.error("not pushed, but saved in output_dir: %s", error)
+
+
+def _require_settings(config: Any, mode: str, tolerance: float) -> None:
+    if config is not None and not isinstance(config, NLSRConfig):
+        raise ValueError(
+            f"config={config!r} is a {type(config).__name__}; give an NLSRConfig, for a preset "
+            "NLSRConfig.from_preset('paper')"
+        )
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
+    if not 0.0 <= tolerance <= 1.0:
+        raise ValueError(f"tolerance={tolerance!r} must be in [0, 1]")
+
+
+def _with_safety(evaluate: Sequence[PromptSet]) -> list[PromptSet]:
+    sets = require_prompt_sets(evaluate, "evaluate")
+    if not any(each.kind == "safety" for each in sets):
+        raise ValueError("evaluate=[prompt sets] needs one of kind 'safety' to measure the harm rate with")
+    return sets
 
 
 def _written(model: Any, outcome: Outcome, optimizer: Any) -> Realignment:

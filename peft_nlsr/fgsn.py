@@ -155,12 +155,7 @@ def add_dimension(
         PeftNLSRError: the dimension is there already.
     """
     done = earlier.dimensions if earlier else ()
-    names = [dimension["name"] for dimension in done]
-    if config.safety_dimension in names:
-        raise PeftNLSRError(
-            f"the adapter has the safety dimension {config.safety_dimension!r} already (it has {', '.join(names)}); "
-            "name the new one by safety_dimension, or revert first"
-        )
+    _require_new(config.safety_dimension, [dimension["name"] for dimension in done])
     current = adapter.snapshot()
     originals = {**current, **earlier.originals} if earlier else current
     covered = earlier.covered() if earlier else {}
@@ -186,6 +181,14 @@ def add_dimension(
     if earlier:
         data[CONTINUES] = earlier.fingerprint_after
     return Addition(updates, originals, data, (_edits_said(entry), *_notes(dimension, edited)))
+
+
+def _require_new(name: str, names: Sequence[str]) -> None:
+    if name in names:
+        raise PeftNLSRError(
+            f"the adapter has the safety dimension {name!r} already (it has {', '.join(names)}); name the new one by "
+            "safety_dimension, or revert first"
+        )
 
 
 def _edits_said(entry: Mapping[str, Any]) -> str:
