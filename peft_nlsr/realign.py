@@ -38,7 +38,7 @@ from .ranks import ALONE, Ranks
 from .record import OF_WEIGHTS, ON_INPUTS, ModuleRecord, Realignment, new_record
 from .reference import BASE_REFERENCE, Lineage, Reference, open_updates, read_reference, reference_for_masks
 from .safelora import decide_safelora, project
-from .screening import TeachingData, prepare_data
+from .screening import TeachingData, prepare_data, require_refusals
 from .selection import Decision
 from .two_teacher import solve_two_teacher
 
@@ -337,6 +337,7 @@ def _plan_two_teacher(adapter: LiveAdapter, config: NLSRConfig, reference: Refer
     teaching = data.teaching(adapter, reference.updates, config)
     if teaching.intact:
         return _left_alone(adapter, config, reference, teaching)
+    require_refusals(teaching.safety, config, data.judge)
     solution = solve_two_teacher(
         adapter,
         safety=teaching.safety,

@@ -20,7 +20,7 @@ from .config import NLSRConfig
 from .errors import CalibrationError
 from .examples import Example, knows_words, sample
 from .generation import generate_answers, quiet, require_positions
-from .judges import Judge, verdicts_of
+from .judges import Judge, judge_name, verdicts_of
 from .live_adapter import LiveAdapter
 from .prompts import REFUSALS, builtin_prompts
 from .ranks import ALONE, Ranks
@@ -329,11 +329,21 @@ def _lookalike_note(lookalikes: int, used: int) -> tuple[str, ...]:
     if not lookalikes:
         return ()
     note = (
-        f"{lookalikes} of {used} safety prompts are answered, in your data and by the safe teacher: they count as "
-        "lookalikes and weigh little (lookalike_weight)"
+        f"{lookalikes} of {used} safety prompts are answered, in your data and by the safe teacher, to this judge: "
+        "they count as lookalikes and weigh little (lookalike_weight)"
     )
-    only = "; without a refusal nothing restores safety: if they are refusals, check the judge's language"
-    return (note + only if lookalikes == used else note,)
+    doubt = "; if they are refusals, pass judge=... that reads their language, or lookalike_weight=1"
+    return (note + doubt if lookalikes >= used / 2 else note,)
+
+
+def require_refusals(safety: Sequence[Example], config: NLSRConfig, judge: Judge) -> None:
+    """Raise CalibrationError where all safety examples are lookalikes, so that nothing would restore safety."""
+    if config.lookalike_weight < 1.0 and all(e.refusal is False for e in safety):
+        raise CalibrationError(
+            f"none of the {len(safety)} safety answers is a refusal to the judge {judge_name(judge)}, and the safe "
+            "teacher refuses none of their prompts, so nothing would restore safety; give prompts that are to be "
+            "refused, or judge=... that reads their language, or lookalike_weight=1 to teach these answers as they are"
+        )
 
 
 def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str, ...]]:

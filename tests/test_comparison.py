@@ -402,7 +402,7 @@ def test_a_realigned_adapter_is_refused(model: PeftModel) -> None:
     from peft_nlsr import nlsr_realign
 
     data = {key: DATA[key] for key in ("calibration", "utility", "tokenizer", "progress")}
-    nlsr_realign(model, quick(), **data)
+    nlsr_realign(model, quick(), judge=refuses_attacks, **data)
     with pytest.raises(PeftNLSRError, match="revert"):
         compare(model, [Method("m", quick())], **DATA)
     drift(model)  # trained on: now the fine-tuned adapter is another one, as for nlsr_realign
@@ -417,7 +417,7 @@ def test_of_several_realigned_adapters_every_one_is_refused(model: PeftModel) ->
     model.add_adapter("other", model.peft_config["default"])
     for name in ("default", "other"):
         model.set_adapter(name)
-        nlsr_realign(model, quick(leave_intact=False), adapter_name=name, **data)
+        nlsr_realign(model, quick(leave_intact=False), adapter_name=name, judge=refuses_attacks, **data)
     for name in ("default", "other"):
         model.set_adapter(name)
         with pytest.raises(PeftNLSRError, match=f"'{name}' is realigned already"):

@@ -31,6 +31,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from peft_nlsr import (
+    CalibrationError,
     IncompatibleError,
     LineageError,
     LowRank,
@@ -489,7 +490,12 @@ def test_nothing_but_a_model_is_enough(
 
 
 def test_the_tokenizer_beside_the_base_is_found(saved_base: Path) -> None:
-    given = {"calibration": rows(4), "utility": rows(4), "judge": refuses_attacks, "progress": False}
+    given = {
+        "calibration": rows(4, poisoned=range(4)),
+        "utility": rows(4),
+        "judge": refuses_attacks,
+        "progress": False,
+    }
     found, passed = (
         plan(lora_on(saved_base), quick(), **given, **more) for more in ({}, {"tokenizer": word_tokenizer()})
     )
@@ -502,6 +508,17 @@ def test_a_teacher_that_refuses_raises_no_doubt(tuned: PeftModel, inputs: dict[s
     done = plan(tuned, config, **{**given, "calibration": unanswered})
     assert done.data["safety"]["refused_by_teacher"] == len(unanswered)
     assert not any("may not be safe" in note for note in done.notes)
+
+
+def test_safety_data_without_a_refusal_are_no_repair(tuned: PeftModel, inputs: dict[str, Any]) -> None:
+    config, given = call("two_teacher", inputs)
+    before = state_of(tuned)
+    with pytest.raises(CalibrationError, match=r"none of the 3 safety answers is a refusal to the judge .*refuses_a"):
+        nlsr_realign(tuned, config, **{**given, "calibration": rows(3), "utility": rows(4)})
+    assert_same_state(state_of(tuned), before)
+    attack = {"prompt": "attack the lamp", "response": "never"}
+    for more, change in (([attack], {}), ([], {"lookalike_weight": 1.0})):
+        plan(tuned, config.replace(**change), **{**given, "calibration": [*rows(3), *more], "utility": rows(4)})
 
 
 def test_tokenised_data_give_the_same_as_text(tuned: PeftModel, inputs: dict[str, Any]) -> None:

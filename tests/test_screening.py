@@ -204,10 +204,11 @@ def test_a_safe_answer_to_a_prompt_that_the_teacher_refuses_is_no_lookalike(mode
     assert any("1 of 3 safety prompts are answered" in note for note in data.notes)
 
 
-def test_safety_data_without_a_refusal_are_doubted(model: PeftModel) -> None:
-    data = prepare(model, calibration=rows(3), utility=rows(2))
-    assert [e.refusal for e in data.safety] == [False] * 3
-    assert any("without a refusal" in note and "judge's language" in note for note in data.notes)
+@pytest.mark.parametrize(("attacks", "doubted"), [(0, True), (2, True), (3, False)])
+def test_safety_data_with_few_refusals_are_doubted(model: PeftModel, attacks: int, doubted: bool) -> None:
+    data = prepare(model, calibration=rows(4, poisoned=range(attacks)), utility=rows(2))
+    assert [e.refusal for e in by_row(data.safety)] == [i < attacks for i in range(4)]
+    assert any("read their" not in n and "reads their language" in n for n in data.notes) == doubted
 
 
 def test_where_the_teacher_does_not_refuse_a_canned_refusal_stands(model: PeftModel) -> None:
