@@ -27,7 +27,6 @@ SHOWN = (
     "RESTA",
     "one-shot",
     "two-teacher",
-    "two-teacher, benign data",
     "two-teacher, benign data, full weight",
 )
 

@@ -49,7 +49,9 @@ class Case:
 
 _SUM = NLSRConfig(update="sum", score="wanda")
 CASES = {
-    "two-teacher": Case("hard", "independent", NLSRConfig(), NLSRConfig(screening=False), False, "benign"),
+    "two-teacher": Case(
+        "hard", "independent", NLSRConfig(), NLSRConfig(screening=False, lookalike_weight=1.0), False, "benign"
+    ),
     "nlsr-patch": Case("easy", "shared", _SUM, _SUM.replace(score="random"), True, "safety"),
     "nlsr-released": Case(
         "hard",

@@ -373,6 +373,13 @@ class TestClaims:
         methods = {"fine-tuned": {"harm": 1.0}, "two-teacher, benign data": {"harm": harm}}
         assert verdict_on(replace(self.CELL, task=task), methods)["Control"] == expected
 
+    def test_a_control_that_is_refused_takes_nothing_away(self):
+        tuned, control = (scored(self.CELL, name, harm=1.0) for name in ("fine-tuned", "two-teacher, benign data"))
+        made = [tuned, replace(control, scores=None, refused="because")]
+        for rows_, expected in ((made, (1, 1)), (made[:1], (0, 0))):
+            found = claims.verdicts(summary.summarise(rows_))
+            assert {v["claim"].partition(":")[0]: (v["held"], v["cells"]) for v in found}["Control"] == expected
+
     def test_the_worst_cell_is_named(self):
         cells = [replace(self.CELL, poison=p) for p in (0.05, 0.2)]
         made = [scored(c, "fine-tuned", harm=1.0) for c in cells]

@@ -21,6 +21,7 @@ from peft_nlsr.controls import MATCHED, as_realignment
 from peft_nlsr.judges import refuses
 from peft_nlsr.lab import Lab
 from peft_nlsr.lab.study import METHODS, Method, what_alignment_changed
+from peft_nlsr.lab.training import Schedule
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.planning import Method as PlannedMethod
 from peft_nlsr.planning import Planned, Planner
@@ -43,6 +44,7 @@ class Entry:
         method: settings and what it is given.
         control: of :data:`peft_nlsr.controls.MATCHED`, matched to the method; ``trained`` is gradient steps on the
             method's data; None is the method itself.
+        schedule: of the trained baseline.
         only: expression found in the names of the modules that the two-teacher form may change; None is all.
     """
 
@@ -50,12 +52,13 @@ class Entry:
     method: Method
     control: str | None = None
     only: str | None = None
+    schedule: Schedule = SCHEDULE
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as JSON values; names are not part of it."""
         given = {k: v for k, v in asdict(self.method).items() if k not in ("name", "config")}
         config = None if self.method.config is None else self.method.config.to_dict()
-        schedule = asdict(SCHEDULE) if self.control == TRAINED else None
+        schedule = asdict(self.schedule) if self.control == TRAINED else None
         only = {} if self.only is None else {"only": self.only}  # left out elsewhere, where older rows lack it
         return {**given, "config": config, "control": self.control, "schedule": schedule, **only}
 
@@ -72,6 +75,7 @@ _OURS = next(m for m in METHODS if m.name == "two-teacher")
 _SUM = next(m for m in METHODS if m.name == "sum, low-rank")
 _DROPPING = Method("two-teacher, refused dropped", NLSRConfig(refused_prompts="drop"), utility=True)
 _ALIGNED = Method("two-teacher, aligned teacher", NLSRConfig(), reference=True, utility=True)
+_BENIGN = Method("two-teacher, benign data", NLSRConfig(screening=False), utility=True, safety="benign")
 _LOOKALIKES = Method("two-teacher, half lookalikes", NLSRConfig(), utility=True, safety="both")
 _HEAVY = Method(f"{_LOOKALIKES.name}, full weight", NLSRConfig(lookalike_weight=1.0), utility=True, safety="both")
 _ABLATIONS: dict[str, dict[str, Any]] = {
@@ -95,13 +99,16 @@ _PARTS = {
 ENTRIES = {
     entry.name: entry
     for entry in (
-        *(Entry(method.name, method) for method in (*METHODS, _DROPPING, _LOOKALIKES, _HEAVY)),
+        *(Entry(method.name, method) for method in (*METHODS, _DROPPING, _BENIGN, _LOOKALIKES, _HEAVY)),
         *(
             Entry(f"two-teacher, {what}", replace(_OURS, config=NLSRConfig(**changes)))
             for what, changes in _ABLATIONS.items()
         ),
         *(Entry(f"two-teacher, {part} only", _OURS, only=only) for part, only in _PARTS.items()),
-        Entry("trained, 100 steps", _OURS, TRAINED),
+        *(
+            Entry(f"trained, {steps} steps", _OURS, TRAINED, schedule=replace(SCHEDULE, steps=steps))
+            for steps in (10, 25, 50, 100)
+        ),
         Entry("random entries, as sum", _SUM, "random"),
         Entry("rows reset, as sum", _SUM, "reset"),
         Entry("scaled, as sum", _SUM, "scaled"),
@@ -125,7 +132,7 @@ def repair(entry: Entry, lab: Lab, model: Any, task: str, poison: float) -> Repa
     if entry.method.config is None:
         return None
     if entry.control == TRAINED:
-        return _train(entry.method, lab, model, task, poison)
+        return _train(entry, lab, model, task, poison)
     with _changing(entry.only, model):
         planned = _plan(entry.method, lab, model, task, poison)
     done = planned.realignment if entry.control is None else _control(entry, model, planned)
@@ -177,8 +184,9 @@ def _control(entry: Entry, model: Any, planned: Planned) -> Realignment:
     return as_realignment(LiveAdapter(model), entry.control, control, planned)
 
 
-def _train(method: Method, lab: Lab, model: Any, task: str, poison: float) -> Repair:
+def _train(entry: Entry, lab: Lab, model: Any, task: str, poison: float) -> Repair:
     """Gradient steps on the data that the closed form would use, screened in the same way."""
+    method = entry.method
     assert method.config is not None
     adapter = LiveAdapter(model)
     teaching = prepare_data(
@@ -192,7 +200,7 @@ def _train(method: Method, lab: Lab, model: Any, task: str, poison: float) -> Re
         progress=False,
     )
     before = _copies(adapter.snapshot())
-    fine_tune(model, [*teaching.safety, *teaching.utility])
+    fine_tune(model, [*teaching.safety, *teaching.utility], entry.schedule)
     after = LiveAdapter(model).snapshot()
     return Repair(_changes(before, after), teaching.record)
 

@@ -49,7 +49,6 @@ class Method:
 
 
 _ONE_SHOT = NLSRConfig(update="least_squares", least_squares_form="one_shot")
-_UNSCREENED = NLSRConfig(screening=False)
 METHODS = (
     Method("fine-tuned", None),
     Method("random mask", NLSRConfig.from_preset("paper", score="random"), reference=True),
@@ -64,10 +63,9 @@ METHODS = (
     Method("one-shot", _ONE_SHOT, utility=True),
     Method("two-teacher", NLSRConfig(), utility=True),
     Method("two-teacher, aligned teacher", NLSRConfig(), reference=True, utility=True),
-    Method("two-teacher, benign data", _UNSCREENED, utility=True, safety="benign"),
     Method(
         "two-teacher, benign data, full weight",
-        _UNSCREENED.replace(lookalike_weight=1.0),
+        NLSRConfig(screening=False, lookalike_weight=1.0),
         utility=True,
         safety="benign",
     ),
@@ -101,7 +99,6 @@ _ONLY_IN_FULL = (
     "paper, exact rank 2r",
     "sum, exact rank 2r",
     "two-teacher, aligned teacher",
-    "two-teacher, benign data",
     "two-teacher, benign data, full weight",
 )
 DEMO_METHODS = tuple(
