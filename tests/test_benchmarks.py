@@ -95,7 +95,7 @@ def test_the_continual_table_is_that_of_the_committed_results():
 def test_the_table_of_adaptive_attacks_is_that_of_the_committed_results():
     results = json.loads((FOLDER / "results" / "adaptive.json").read_text("utf-8"))
     assert adaptive.table(results) in (FOLDER / "README.md").read_text("utf-8")
-    assert results["summary"] == adaptive.summary(results["rows"])
+    assert results["summary"] == adaptive.summary(results["rows"], results["config"]["prompts"])
     assert results["config"] == json.loads((FOLDER / "configs" / "adaptive.json").read_text("utf-8"))
 
 
