@@ -23,10 +23,10 @@ import torch.distributed as dist
 from peft_nlsr import LowRank, NLSRConfig, plan, versions
 from peft_nlsr.examples import sample
 from peft_nlsr.files import write_json
+from peft_nlsr.generation import pad_id
 from peft_nlsr.lab import Lab, LabConfig
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.ranks import ALONE, Ranks
-from peft_nlsr.screening import padding_of
 from peft_nlsr.two_teacher import solve_two_teacher
 
 from .engine import cpu_model
@@ -73,7 +73,7 @@ def solution(lab: Lab, model: Any, config: dict[str, Any], settings: NLSRConfig)
             utility=user,
             safe_teacher=None,
             config=settings,
-            pad_id=padding_of(lab.tokenizer),
+            pad_id=pad_id(lab.tokenizer),
             progress=False,
             ranks=ranks,
         ).updates
