@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import LineageError, NLSRConfig, extract_reference, nlsr_realign, student_mean, versions, wilson
-from .evaluation import LabScores
+from .evaluation import JUDGE, LabScores
 from .lab import LINEAGES, Lab
 from .world import TASKS
 
@@ -243,7 +243,7 @@ def study_report(rows: Sequence[Row], lab: Lab, settings: Mapping[str, Any]) -> 
     """Everything as JSON values; rates only, no prompts and no answers."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "judge": "the lab's parser, on held-out verbs and objects, greedy decoding",
+        "judge": JUDGE,
         "settings": dict(settings),
         "lab": asdict(lab.config),
         "versions": versions(),
