@@ -22,25 +22,30 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from peft_nlsr import NLSRConfig, nlsr_realign, revert, student_mean, versions
+from peft_nlsr import NLSRConfig, nlsr_realign, revert, versions
 from peft_nlsr.files import write_json
 from peft_nlsr.generation import generate_answers
 from peft_nlsr.lab import Lab, LabConfig, training
 from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied
 from peft_nlsr.lab.lab import LINEAGES
+from peft_nlsr.lab.study import over_seeds
 from peft_nlsr.lab.world import render, requests
 
 Rows = list[dict[str, Any]]
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    """Per case, lineage and model the means of the rates over the seeds, with 95 % intervals (Student's t)."""
+def summary(rows: Sequence[Mapping[str, Any]], prompts: int) -> Rows:
+    """Per case, lineage and model the means of the rates over the seeds, with the 95 % intervals of ``over_seeds``.
+
+    Args:
+        prompts: of each rate and seed.
+    """
     found: dict[tuple[str, ...], Rows] = {}
     for row in rows:
         found.setdefault((row["case"], row["lineage"], row["model"]), []).append(row["rates"])
     return [
         {"case": case, "lineage": lineage, "model": model, "seeds": len(rates)}
-        | {name: _over_seeds([each[name] for each in rates]) for name in rates[0]}
+        | {name: over_seeds([each[name] for each in rates], prompts * len(rates)) for name in rates[0]}
         for (case, lineage, model), rates in found.items()
     ]
 
@@ -58,11 +63,6 @@ def table(results: Mapping[str, Any]) -> str:
 def _say(name: str, rate: Mapping[str, float]) -> str:
     mean, low, high = (f"{100 * rate[key]:.0f}" for key in ("mean", "low", "high"))
     return f"{name.replace('_', ' ')} {mean}" + (f" ({low}-{high})" if name.startswith("harm") else "")
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float]:
-    low, high = student_mean(values) if len(values) > 1 else (0.0, 1.0)
-    return {"mean": statistics.mean(values), "low": max(0.0, low), "high": min(1.0, high)}
 
 
 def again(lab: Lab, lineage: str, config: Mapping[str, Any]) -> Rows:
@@ -203,7 +203,7 @@ def main() -> None:
         for case in CASES:
             for found in CASES[case](lab, lineage, config):
                 rows.append({"case": case, "seed": seed, "lineage": lineage, **found})
-    results = {"config": config, "versions": versions(), "summary": summary(rows), "rows": rows}
+    results = {"config": config, "versions": versions(), "summary": summary(rows, config["prompts"]), "rows": rows}
     write_json(options.output, results)
     print(table(results))
 

@@ -1,7 +1,7 @@
 """Methods with their controls, a search of settings, drift and an audit of the data, on adapters of the lab.
 
-Config in, JSON out (rates, tests and sizes; no verdicts). The judge is the lab's parser, the prompts are about words
-that no training has seen.
+Config in, JSON out (rates, tests and sizes; no verdicts). The judge is the lab's parser. The prompts are about objects
+held out from alignment, the user's data and calibration; the verbs of harmful requests are held out too.
 
     python -m benchmarks.compare --config benchmarks/configs/compare.json --output benchmarks/results/compare.json
 """
@@ -53,7 +53,7 @@ def harms(prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
 
 
 def questions(lab: Lab, task: str, n: int) -> EvaluationSettings:
-    """Prompts of the lab on held-out words, judged by its parser."""
+    """Prompts of the lab about held-out objects, harmful ones with held-out verbs, judged by its parser."""
     world = lab.world
     harmful = requests(world.harmful.held_out, world.objects.held_out)
     benign = requests(world.benign.all, world.objects.held_out)

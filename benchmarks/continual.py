@@ -2,8 +2,8 @@
 
 A family is a third of the verbs that the user's poison covers, asked about in a phrasing of its own. Each run takes
 the smallest ``harmful_rows`` of a list that lowers its own family's harm enough on its *calibration* prompts while the
-user's own data keep their answers; what it did is measured on objects that no alignment and no training has seen, by
-a sign test on each prompt before and after. Beside it, as many random rows of the same modules.
+user's own data keep their answers; what it did is measured on objects held out from alignment, the user's data and
+calibration, by a sign test on each prompt before and after. Beside it, as many random rows of the same modules.
 
     python -m benchmarks.continual --config benchmarks/configs/continual.json --output continual.json
 """

@@ -38,7 +38,9 @@ def section(report: dict[str, Any]) -> str:
     lines = [
         f"Means over {settings['seeds']} seeds, {settings['prompts']} prompts per rate and seed, "
         f"{settings['poison']:.0%} of "
-        "the user's data poisoned; judged by the lab's parser on held-out verbs and objects. Each cell: harm % (95% "
+        "the user's data poisoned; judged by the lab's parser: harmful requests with held-out verbs and objects, "
+        "benign requests and task items about held-out objects, three quarters of their verbs seen. Each cell: harm % "
+        "(95% "
         "interval: the wider of Wilson's on all prompts and Student's t on the seeds) / benign requests answered % / "
         "right answers to the task % / coherent answers %.",
         "",

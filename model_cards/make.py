@@ -96,7 +96,7 @@ def _realign(lab: Lab, model: Any, config: NLSRConfig, case: Case, kind: str) ->
 
 
 def _evaluated(lab: Lab, model: Any, label: str, task: str, n: int) -> Evaluation:
-    """Rates on words that neither alignment nor fine-tuning has seen."""
+    """Rates on verbs and objects held out from alignment and fine-tuning; the task on held-out objects."""
     world = lab.world
     harmful, benign = (
         random.Random(f"cards {n}").sample(pool, min(n, len(pool)))

@@ -133,7 +133,9 @@ class NLSRConfig:
         "where such lookalikes contradict the user's data, the user's data decide.",
     )
     ridge: float = _knob(3e-2, "eps: pull towards the fine-tuned update, relative to the mean input power.")
-    decision_weight: float = _knob(3.0, "Weight of the last prompt position, where an answer is begun.")
+    decision_weight: float = _knob(
+        3.0, "two_teacher's weight of the last prompt token, where an answer is begun, beside 1 for every other token."
+    )
     correct_drift: bool = _knob(
         True,
         "two_teacher asks the last module of each block, where the safe answer is a refusal, for the output that "

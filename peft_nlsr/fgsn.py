@@ -7,10 +7,11 @@ Algorithm, for one safety dimension (one kind of harmful prompts):
 3. Projection: ``B <- (1 - kappa) B + kappa P B`` in these rows, less the rows of earlier dimensions.
 
 Everything is measured on, and projected from, the *original* adapter, before its first dimension. So dimensions do not
-depend on their order, and no row is projected twice. The publication leaves q, p and ``Dim`` open and has no code;
-the settings here are ours. Importance hardly depends on the kind of prompts in the lab, so its dimensions find nearly
-the same rows. Two scores of ours divide by the score on utility data: ``contrast`` importance, ``update`` how much the
-adapter's update moves each output.
+depend on their order, and no row is projected twice. This follows the publication's abstract and secondary
+descriptions (its reviews and digests); its full text was not at hand. There is no public code, and q, p and ``Dim``
+are not given in what was read: the settings here are ours. Importance hardly depends on the kind of prompts in the
+lab, so its dimensions find nearly the same rows. Two scores of ours divide by the score on utility data: ``contrast``
+importance, ``update`` how much the adapter's update moves each output.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from benchmarks import adaptive, callback, continual, data_parallel, engine, two_teacher_block
+from benchmarks import adaptive, callback, continual, data_parallel, engine, generalisation, two_teacher_block
+from peft_nlsr import wilson
 
 FOLDER = Path(engine.__file__).parent
 KEYS = {"name", "ours_s", "baseline_s", "ratio", "ours_wall_s", "baseline_wall_s", "error", "met"}
@@ -95,8 +96,24 @@ def test_the_continual_table_is_that_of_the_committed_results():
 def test_the_table_of_adaptive_attacks_is_that_of_the_committed_results():
     results = json.loads((FOLDER / "results" / "adaptive.json").read_text("utf-8"))
     assert adaptive.table(results) in (FOLDER / "README.md").read_text("utf-8")
-    assert results["summary"] == adaptive.summary(results["rows"])
+    assert results["summary"] == adaptive.summary(results["rows"], results["config"]["prompts"])
     assert results["config"] == json.loads((FOLDER / "configs" / "adaptive.json").read_text("utf-8"))
+
+
+def test_the_tables_of_what_lies_beyond_the_data_are_those_of_the_committed_results():
+    results = json.loads((FOLDER / "results" / "generalisation.json").read_text("utf-8"))
+    assert generalisation.table(results) in (FOLDER / "README.md").read_text("utf-8")
+    assert results["summary"] == generalisation.summary(results["rows"])
+    assert results["config"] == json.loads((FOLDER / "configs" / "generalisation.json").read_text("utf-8"))
+
+
+def test_prompts_with_one_verb_share_their_fate_in_the_interval():
+    found = generalisation.measured(["a", "a", "b", "b", "c", "c"], [True, True, False, True, False, False])
+    assert found == {"rate": 0.5, "n": 6, "verbs": 3, "hit": 2}
+    rows = [{"case": "c", "lineage": "shared", "model": "m", "rates": {"harm": found}} for _ in range(2)]
+    [line] = generalisation.summary(rows)
+    assert (line["harm"]["low"], line["harm"]["high"]) == wilson(0.5, 6)
+    assert "4 of 6 verbs" in generalisation.table({"summary": [line]})
 
 
 @pytest.mark.parametrize(("stopped", "started"), [(0, 0), (5, 0), (9, 4), (3, 8)])

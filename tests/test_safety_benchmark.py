@@ -203,10 +203,14 @@ class TestRows:
             assert math.isfinite(row.seconds + row.cpu_seconds + row.load_average)
             assert row.scores is None or (row.scores.n_harmful, row.scores.n_benign, row.scores.n_task) == (8, 8, 8)
 
-    def test_a_mask_method_refuses_the_independent_lineage(self, smoke):
-        refused = {(row.method, row.cell.lineage) for row in read_rows(smoke) if row.refused}
-        assert refused == {("paper, low-rank", "independent")}
-        assert all(row.refused.startswith("LineageError: ") for row in read_rows(smoke) if row.refused)
+    def test_independent_lineage_and_data_without_refusals_are_refused(self, smoke):
+        refused = {
+            (row.method, row.cell.lineage): row.refused.partition(":")[0] for row in read_rows(smoke) if row.refused
+        }
+        assert refused == {
+            ("paper, low-rank", "independent"): "LineageError",
+            ("two-teacher, benign data", "shared"): "CalibrationError",
+        }
 
     def test_files_name_no_folder_of_the_machine(self, smoke, cache):
         for file in smoke.parent.iterdir():

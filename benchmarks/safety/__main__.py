@@ -23,6 +23,7 @@ from benchmarks.engine import cpu_model
 from peft_nlsr import versions
 from peft_nlsr.files import write_json
 from peft_nlsr.lab import Lab
+from peft_nlsr.lab.evaluation import JUDGE
 
 from .cells import Job, jobs_of
 from .claims import claims_table, verdicts
@@ -75,7 +76,7 @@ def results_of(config: Mapping[str, Any], jobs: list[Job], file: RowFile) -> dic
     summary = summarise(rows)
     return {
         "schema_version": 1,
-        "judge": "the lab's parser, on held-out verbs and objects, greedy decoding",
+        "judge": JUDGE,
         "config": dict(config),
         "machine": {"cpu": cpu_model(), "threads": torch.get_num_threads(), "system": platform.system()},
         "versions": versions(),

@@ -1,6 +1,7 @@
-"""What a model of the lab does on words that no alignment and no fine-tuning has seen, judged by parsing its outputs.
+"""What a model of the lab does on words held out from alignment and fine-tuning, judged by parsing its outputs.
 
-Greedy decoding of fixed, seeded prompts, so two evaluations of one model agree exactly.
+Harmful requests have held-out verbs and objects; benign requests and the tasks held-out objects, with seen and
+held-out verbs. Greedy decoding of fixed, seeded prompts, so two evaluations of one model agree exactly.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .world import (
 )
 
 ANSWER_TOKENS = 14
+JUDGE = "the lab's parser, on held-out objects, harmful requests with held-out verbs too; greedy decoding"
 
 
 def _pattern(*sentences: str) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import LineageError, NLSRConfig, extract_reference, nlsr_realign, student_mean, versions, wilson
-from .evaluation import LabScores
+from .evaluation import JUDGE, LabScores
 from .lab import LINEAGES, Lab
 from .world import TASKS
 
@@ -216,14 +216,18 @@ def _scores(rows: Sequence[Row]) -> list[LabScores]:
 
 
 def rate_interval(scores: Sequence[LabScores], rate: str) -> dict[str, float]:
-    """The mean of a rate over seeds, its 95% interval and the number of prompts.
+    """The mean of a rate over seeds, its 95% interval by :func:`over_seeds` and the number of prompts."""
+    count = {"harm": "n_harmful", "refusal": "n_harmful", "task": "n_task", "coherence": "n_outputs"}
+    values = [float(getattr(s, rate)) for s in scores]
+    return over_seeds(values, sum(getattr(s, count.get(rate, "n_benign")) for s in scores))
+
+
+def over_seeds(values: Sequence[float], n: int) -> dict[str, float]:
+    """The mean of a rate that was counted on ``n`` prompts of all seeds, its 95% interval and ``n``.
 
     With one seed Wilson's interval on its prompts; over several the wider of that on all prompts and of Student's t
     on the seeds' rates, because seeds that agree exactly still saw a limited number of prompts.
     """
-    count = {"harm": "n_harmful", "refusal": "n_harmful", "task": "n_task", "coherence": "n_outputs"}
-    values = [float(getattr(s, rate)) for s in scores]
-    n = sum(getattr(s, count.get(rate, "n_benign")) for s in scores)
     mean = statistics.mean(values)
     low, high = wilson(mean, n)
     if len(values) > 1:
@@ -236,7 +240,7 @@ def study_report(rows: Sequence[Row], lab: Lab, settings: Mapping[str, Any]) -> 
     """Everything as JSON values; rates only, no prompts and no answers."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "judge": "the lab's parser, on held-out verbs and objects, greedy decoding",
+        "judge": JUDGE,
         "settings": dict(settings),
         "lab": asdict(lab.config),
         "versions": versions(),
