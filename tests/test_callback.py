@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -576,6 +576,21 @@ def test_data_that_cannot_be_read_are_refused_before_training(
     with pytest.raises(PeftNLSRError, match=words):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Lines:
+    """Data without a length that can be read again, as of a file; the first row has no tokens."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter([{"text": ""}, {"prompt": "how", "completion": "no", "label": False}, *rows(8, poisoned=(0, 2))])
+
+
+@pytest.mark.parametrize("kind", ["calibration", "utility"])
+def test_data_whose_first_row_is_not_usable_are_no_reason_to_refuse(
+    make_pico_lora: MakeLora, tmp_path: Path, kind: str
+) -> None:
+    trainer_for(make_pico_lora(), tmp_path, done := callback(**{kind: Lines()})).train()
+    assert done.outcome is not None and done.outcome.realignment is not None
 
 
 def test_a_reference_of_other_modules_is_refused_before_training(make_pico_lora: MakeLora, tmp_path: Path) -> None:
