@@ -46,7 +46,7 @@ from .processes import on_every_rank
 from .projection import require_delta
 from .prompt_sets import PromptSet, require_prompt_sets
 from .ranks import Ranks
-from .realign import choose_method, plan, takes_delta, takes_utility
+from .realign import choose_method, plan, require_kinds, takes_delta, takes_utility
 from .record import Realignment
 from .reference import BASE_REFERENCE, Reference, open_updates, read_reference, require_same_modules, starting_point
 from .registration import unclaimed_files, wrap_trainer
@@ -92,7 +92,7 @@ class NLSRCallback(TrainerCallback):
         outcome: what happened, after ``train()``.
 
     Raises:
-        ValueError, PeftNLSRError: at the beginning of training already, where that can be known.
+        TypeError, ValueError, PeftNLSRError: at the beginning of training already, where that can be known.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[NLSRCallback()])  # doctest: +SKIP
@@ -122,7 +122,8 @@ class NLSRCallback(TrainerCallback):
         defer_checkpoint_pushes: bool = True,
         trainer: Trainer | None = None,
     ) -> None:
-        _require_settings(config, mode, tolerance)
+        require_kinds(config, patch, tokenizer, judge)
+        _require_settings(mode, tolerance)
         if evaluate is False and (mode == "monitor" or task is not None):
             why = "mode='monitor' only measures" if mode == "monitor" else "task=... is only measured"
             raise ValueError(f"{why}, so evaluate=False leaves nothing to do with it")
@@ -137,7 +138,7 @@ class NLSRCallback(TrainerCallback):
         self.trainer = trainer
         self.outcome: Outcome | None = None
         self._start: Reference = BASE_REFERENCE
-        self._strategy: Any = None
+        self._deferred: tuple[Any, HubStrategy] | None = None  # arguments whose pushes wait, and what they said
         self.asked: EvaluationSettings | None = None
         if evaluate is not False:
             self.asked = EvaluationSettings(
@@ -164,7 +165,9 @@ class NLSRCallback(TrainerCallback):
     # The events' other keywords differ between versions of transformers and are not needed.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        # One callback may serve several trainers in turn, and must not save the model of another one.
+        # One callback may serve several trainers in turn: an error may have stopped the one before, whose model must
+        # not be saved now.
+        self._restore_pushes()
         found = _find_trainer(args) or self.trainer
         self.trainer = found = found if found is None or found.args is args else None
         if found is None:
@@ -228,11 +231,17 @@ class NLSRCallback(TrainerCallback):
             and self.defer_checkpoint_pushes
             and args.hub_strategy != HubStrategy.END
         ):
-            self._strategy, args.hub_strategy = args.hub_strategy, HubStrategy.END
+            self._deferred, args.hub_strategy = (args, args.hub_strategy), HubStrategy.END
             logger.warning(
                 "pushes during training are held back until the adapter is realigned "
                 "(NLSRCallback(defer_checkpoint_pushes=False) lets them through)"
             )
+
+    def _restore_pushes(self) -> None:
+        """Give the arguments whose pushes were held back their strategy again."""
+        if self._deferred is not None:
+            args, strategy = self._deferred
+            args.hub_strategy, self._deferred = strategy, None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.mode == "repair":
@@ -253,8 +262,8 @@ class NLSRCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        if self._strategy is not None:
-            args.hub_strategy, self._strategy = self._strategy, None
+        if self._deferred is not None and self._deferred[0] is args:
+            self._restore_pushes()
         if state.is_hyper_param_search:
             return
         with self._keeping_weights(args):
@@ -401,12 +410,7 @@ class NLSRCallback(TrainerCallback):
             logger.error("not pushed, but saved in output_dir: %s", error)
 
 
-def _require_settings(config: Any, mode: str, tolerance: float) -> None:
-    if config is not None and not isinstance(config, NLSRConfig):
-        raise ValueError(
-            f"config={config!r} is a {type(config).__name__}; give an NLSRConfig, for a preset "
-            "NLSRConfig.from_preset('paper')"
-        )
+def _require_settings(mode: str, tolerance: float) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
     if not 0.0 <= tolerance <= 1.0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,6 +25,9 @@ ACCEPTED = (
 )
 SHORT = 64  # tokens; a forward pass with fewer per example is cheap, so that it takes more examples
 _IGNORED = -100
+_LEAST_ROWS, _ROWS_PER_EXAMPLE = 10_000, 100  # how far a stream is read for examples, because it may have no end
+_COMPLETION = ("completion", "completion_ids", "completion_mask")
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels", "completion_mask", "assistant_masks")
 
 T = TypeVar("T")
 
@@ -57,7 +61,8 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
     Args:
         data: a list, ``datasets.Dataset``, data loader or other iterable of rows; see the error text for their forms.
         tokenizer: its chat template is used when it has one; None is fine for data that are tokenised already.
-        limit: data with a length are sampled with ``seed``; of the others the first ``limit`` are taken.
+        limit: data with a length are sampled with ``seed``; of the others the first ``limit`` examples are taken, from
+            at most ``100 limit`` rows, or 10,000 where that is more.
         max_length: longer examples are cut on the right. Where the cut falls into the prompt nothing can be asked, so
             that what is left counts as plain text; a warning says how many there are. Completions with
             ``label=False`` (KTO) are not wanted and are left out, with a warning too.
@@ -66,20 +71,30 @@ def read_examples(data: Iterable[Any], tokenizer: Any, *, limit: int, max_length
         CalibrationError: no rows, no usable tokens, or a row of unknown form.
     """
     found: list[Example] = []
-    cut, unwanted = 0, 0
-    for index, row in _rows(data, limit, seed):
-        if _is_unwanted(row):
-            unwanted += 1
-            continue
-        read = [e for e in _examples_of(row, tokenizer, index) if e.tokens]
+    cut, unwanted, taken, most = 0, 0, 0, min(max(_LEAST_ROWS, _ROWS_PER_EXAMPLE * limit), sys.maxsize)
+    for index, given in _rows(data, most, seed):
+        row, left_out = _wanted(given)
+        read = [] if row is None else [e for e in _examples_of(row, tokenizer, index) if e.tokens]
+        taken, unwanted = taken + 1, unwanted + left_out
         cut += sum(len(e.prompt) > max_length for e in read)
         found += [_shortened(e, max_length, index) for e in read]
         if len(found) >= limit:
             break
     _warn_of(cut, unwanted, max_length)
+    if len(found) < limit and taken == most and not _has_positions(data):
+        _tell_of_end(len(found), most)
     if not found:
         raise CalibrationError(f"the data hold no examples with tokens; give an iterable of {ACCEPTED}")
     return found[:limit]
+
+
+def _tell_of_end(found: int, most: int) -> None:
+    if not found:
+        raise CalibrationError(
+            f"no example with tokens in the first {most} rows, and no more are read of data without a length; give an "
+            f"iterable of {ACCEPTED}, the usable rows first"
+        )
+    logger.warning("%d examples in the first %d rows; no more are read of data without a length", found, most)
 
 
 def _warn_of(cut: int, unwanted: int, max_length: int) -> None:
@@ -100,10 +115,29 @@ def _shortened(example: Example, length: int, index: int) -> Example:
     return replace(example, answer=example.answer[: length - len(example.prompt)], index=place)
 
 
-def _is_unwanted(row: Any) -> bool:
-    """Whether a row is a completion that unpaired preference data (KTO) mark as undesirable."""
-    completes = isinstance(row, Mapping) and any(key in row for key in ("completion", "completion_ids"))
-    return completes and isinstance(row.get("label"), bool) and not row["label"]
+def _wanted(row: Any) -> tuple[Any, int]:
+    """A row or batch without the completions that unpaired preference data (KTO) mark as undesirable, and how many
+    these are; None where nothing is left."""
+    marks = _marks(row)
+    if marks is None or bool(marks.all()):
+        return row, 0
+    count = int((~marks).sum())
+    if count == marks.numel():
+        return None, count
+    kept = {key: torch.as_tensor(row[key])[marks] for key in _PER_TOKEN if row.get(key) is not None}
+    return kept, count
+
+
+def _marks(row: Any) -> Tensor | None:
+    """Which completions are desirable: one mark of a row, one per row of a batch; None where nothing is marked."""
+    if not isinstance(row, Mapping) or not any(key in row for key in _COMPLETION):
+        return None
+    try:
+        marks = torch.as_tensor(row.get("label"))
+    except (TypeError, ValueError, RuntimeError):
+        return None  # a label of another kind, which other data may have
+    fits = marks.ndim == 0 or (marks.ndim == 1 and "input_ids" in row)
+    return marks if marks.dtype == torch.bool and fits else None
 
 
 def sample(data: Iterable[Any], tokenizer: Any, config: NLSRConfig, *, times: int = 1) -> list[Example]:
@@ -113,14 +147,15 @@ def sample(data: Iterable[Any], tokenizer: Any, config: NLSRConfig, *, times: in
     )
 
 
-def _rows(data: Iterable[Any], limit: int, seed: int) -> Iterator[tuple[int, Any]]:
+def _rows(data: Iterable[Any], most: int, seed: int) -> Iterator[tuple[int, Any]]:
+    """Rows with their positions: all in the order of ``seed`` where data have a length, else at most ``most``."""
     if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise CalibrationError(f"the data are a single {type(data).__name__}; give an iterable of {ACCEPTED}")
     if _has_positions(data):
         sized: Any = data
         order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(seed)).tolist()
         return ((i, _at(sized, i)) for i in order)
-    return ((i, row) for i, row in enumerate(islice(data, limit)))
+    return ((i, row) for i, row in enumerate(islice(data, most)))
 
 
 def _has_positions(data: Any) -> bool:
@@ -132,9 +167,16 @@ def _at(data: Any, position: int) -> Any:
     try:
         return data[position]
     except KeyError as error:
+        kind = type(data).__name__
+        if hasattr(data, "iloc"):
+            raise CalibrationError(
+                f"a {kind} has no row {position} by position; give a list of rows, of a data frame "
+                "df.to_dict('records')"
+            ) from error
+        missing = f"no key {error.args[0]!r}" if error.args else "a key missing"
         raise CalibrationError(
-            f"a {type(data).__name__} has no row {position} by position; give a list of rows, of a data frame "
-            "df.to_dict('records')"
+            f"row {position} of the {kind} cannot be made: it found {missing}; check the columns that its transform "
+            "or collator reads, or give a list of rows"
         ) from error
 
 
@@ -156,7 +198,7 @@ def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
     row = {key: value for key, value in row.items() if value is not None}  # as joined data sets fill their gaps
     if "prompt_ids" in row:
         answer = next((row[key] for key in ("completion_ids", "chosen_ids") if key in row), ())
-        yield Example(tuple(row["prompt_ids"]), tuple(answer))
+        yield Example(_ids(row["prompt_ids"]), _ids(answer))
         return
     if "input_ids" in row:
         yield from _read_tokens(row, answer_marker(tokenizer))
@@ -165,10 +207,10 @@ def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
         raise PeftNLSRError("text data need a tokenizer: pass tokenizer=... or give tokenised rows")
     answer = next((row[key] for key in ("response", "completion", "chosen") if key in row), None)
     if "messages" in row:
-        yield _from_chat(list(row["messages"]), tokenizer, _template_options(row))
+        yield _from_chat(list(row["messages"]), tokenizer, _template_options(row, tokenizer))
     elif "prompt" in row:
         turns = _messages(row["prompt"], "user") + _messages(answer, "assistant")
-        yield _from_chat(turns, tokenizer, _template_options(row))
+        yield _from_chat(turns, tokenizer, _template_options(row, tokenizer))
     elif "text" in row:
         ids = tuple(tokenizer(row["text"])["input_ids"])
         yield _split_at_answer(ids, list(range(len(ids))), answer_marker(tokenizer))
@@ -177,17 +219,42 @@ def _read_row(row: Any, tokenizer: Any, index: int) -> Iterator[Example]:
         raise CalibrationError(f"row {index} has {held}, expected one of {ACCEPTED}")
 
 
+def _ids(values: Any) -> tuple[int, ...]:
+    """Token ids as plain numbers, also of an array or a tensor."""
+    return tuple(values.tolist() if hasattr(values, "tolist") else values)
+
+
 def _messages(content: Any, role: str) -> list[dict[str, str]]:
     if content is None:
         return []
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template_options(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """What a row gives to the chat template besides its turns, in the columns that TRL reads."""
-    tools = row.get("tools")
-    options = {} if tools is None else {"tools": json.loads(tools) if isinstance(tools, str) else list(tools)}
-    return {**options, **row.get("chat_template_kwargs", {})}
+    # TRL, too, reads these columns for conversations only, and nothing reads them without a template.
+    if not getattr(tokenizer, "chat_template", None) or ("messages" not in row and isinstance(row["prompt"], str)):
+        return {}
+    more = row.get("chat_template_kwargs", {})
+    if not isinstance(more, Mapping):
+        raise ValueError(f"column 'chat_template_kwargs' is a {type(more).__name__}; give a mapping, or leave it out")
+    tools = _tools(row.get("tools"))
+    return {**({"tools": tools} if tools else {}), **more}
+
+
+def _tools(column: Any) -> list[Any]:
+    """The tools in a column, where they are a list or the JSON of one; empty where there are none."""
+    try:
+        found = json.loads(column) if isinstance(column, str) and column else column
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"column 'tools' is no JSON ({error}); give a list of tool schemas, or leave the column out"
+        ) from error
+    if found is None or (isinstance(found, Sized) and not len(found)):
+        return []
+    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+        raise ValueError(f"column 'tools' is a {type(found).__name__}; give a list of tool schemas, or leave it out")
+    return list(found)
 
 
 def _from_chat(messages: list[dict[str, str]], tokenizer: Any, options: dict[str, Any]) -> Example:
@@ -197,8 +264,6 @@ def _from_chat(messages: list[dict[str, str]], tokenizer: Any, options: dict[str
     answered = messages[-1]["role"] == "assistant"
     before = messages[:-1] if answered else messages
     if not getattr(tokenizer, "chat_template", None):
-        if options:
-            raise ValueError(f"the tokenizer has no chat template that would read {', '.join(options)}")
         prompt = "\n".join(m["content"] for m in before)
         head = _without_end(tokenizer(prompt)["input_ids"], tokenizer)
         tail = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] if answered else []

@@ -43,17 +43,27 @@ def pad_id(tokenizer: Any) -> int:
     return next(i for i in ids if i is not None)
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model is configured for; None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def has_room(model: Any, tokens: int) -> bool:
+    """Whether the model has positions for so many tokens."""
+    positions = positions_of(model)
+    return positions is None or tokens <= positions
+
+
 def require_positions(model: Any, tokens: int) -> None:
     """Check that an example, or a prompt and its answer, has room in the model; past it some models fail, deep inside.
 
     Raises:
         PeftNLSRError: the model is configured for fewer positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
+    if not has_room(model, tokens):
         raise PeftNLSRError(
-            f"an example needs {tokens} tokens with its answer, the model has {positions} positions; set max_length "
-            "lower, by as much as an answer may have (answer_tokens)"
+            f"an example needs {tokens} tokens with its answer, the model has {positions_of(model)} positions; set "
+            "max_length lower, by as much as an answer may have (answer_tokens)"
         )
 
 

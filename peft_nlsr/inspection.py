@@ -22,7 +22,7 @@ from .blocks import as_teacher, find_blocks, playing, require_active
 from .evaluation import Evaluation, Measurement
 from .examples import Example, read_examples
 from .files import write_json
-from .generation import find_tokenizer, generate_answers, quiet
+from .generation import find_tokenizer, generate_answers, has_room, quiet
 from .intervals import wilson
 from .judges import Judge, judge_name, refuses, verdicts_of
 from .live_adapter import LiveAdapter
@@ -252,7 +252,8 @@ class Audit:
         total: over all rows that have a prompt.
         refused_rows: positions of the refused rows in the data, sorted.
         sources: value of the source column -> share; empty without a source column.
-        unasked_rows: positions of rows without a prompt (plain text) or without tokens, which could not be asked.
+        unasked_rows: positions of rows that could not be asked: without a prompt (plain text), without tokens, or
+            without room for an answer in the model's positions.
         judge: what called an answer a refusal.
         teacher: who was asked.
     """
@@ -321,9 +322,11 @@ def audit(
         _require_column(rows, source)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     drawn = _drawn(len(rows), limit, seed)
-    asked = _with_prompt(rows, drawn, tokenizer, max_length)
+    prompted = _with_prompt(rows, drawn, tokenizer, max_length)
+    asked = [example for example in prompted if has_room(model, len(example.prompt) + answer_tokens)]
     if not asked:
-        raise ValueError("no row has a prompt to ask; give rows with a prompt and a response, or chat messages")
+        why = ", and room for an answer in the model's positions; lower answer_tokens" if prompted else ""
+        raise ValueError(f"no row has a prompt to ask{why}; give rows with a prompt and a response, or chat messages")
     with _teaching(model, reference, adapter_name) as (teacher, said):
         answers = generate_answers(
             teacher,

@@ -38,6 +38,18 @@ def judge_name(judge: Judge) -> str:
     return str(getattr(judge, "description", None) or f"{made_of.__module__}:{made_of.__qualname__}")
 
 
+def require_function(value: Any, name: str) -> None:
+    """Check that a judge, or another argument that is to be called, is a function.
+
+    Raises:
+        TypeError: it is a name, for example.
+    """
+    if not callable(value):
+        raise TypeError(
+            f"{name} is {value!r}; give a function, for a judge's name peft_nlsr.judges.load_judge('module:function')"
+        )
+
+
 def verdicts_of(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
     """The judge's verdicts, one plain bool per response.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .defaults import MAX_NEW_TOKENS
 from .evaluation import Evaluation, Metric, evaluate, require_askable, require_room
-from .judges import Judge, judge_name, refuses
+from .judges import Judge, judge_name, refuses, require_function
 from .prompt_sets import PromptSet, builtin_prompt_set, require_unseen
 from .prompts import KINDS
 
@@ -32,6 +32,7 @@ class EvaluationSettings:
 
     Raises:
         ValueError: prompt sets or a task that :func:`peft_nlsr.evaluate` refuses, see ``require_askable``.
+        TypeError: a judge or a metric that is no function.
     """
 
     prompts: Sequence[PromptSet] | None = None
@@ -44,6 +45,10 @@ class EvaluationSettings:
     template: str | None = None
 
     def __post_init__(self) -> None:
+        require_function(self.judge, "judge")
+        for name in ("harm_judge", "compute_metrics"):
+            if getattr(self, name) is not None:
+                require_function(getattr(self, name), name)
         require_askable(self.prompts, self.task, self.compute_metrics)
 
     def sets(self) -> list[PromptSet]:

@@ -167,9 +167,9 @@ class Planner:
             adapter_name=self.adapter.info.adapter_name,
             progress=self.progress,
         )
-        return replace(
-            found, config=method.config, data={**found.data, **teaching.record}, notes=teaching.notes + found.notes
-        )
+        # What both say of the same data is said once.
+        notes = tuple(dict.fromkeys(teaching.notes + found.notes))
+        return replace(found, config=method.config, data={**found.data, **teaching.record}, notes=notes)
 
     def _taught(self, config: NLSRConfig, source: Reference) -> TeachingData:
         drawn = (config.max_samples, config.max_length, config.nlsr_seed)

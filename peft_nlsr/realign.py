@@ -27,7 +27,7 @@ from .edits import restore_one_shot
 from .errors import IncompatibleError, LineageError, PeftNLSRError, UnsupportedAdapterError
 from .examples import Example, collated, sample
 from .generation import find_tokenizer, model_digest, pad_id, require_positions
-from .judges import Judge, refuses
+from .judges import Judge, refuses, require_function
 from .live_adapter import LiveAdapter
 from .lowrank import LowRank, fingerprint
 from .nlsr import UNCALIBRATED, build_nlsr_patch, decide, require_shared_lineage, restore, truncation_norm
@@ -141,7 +141,7 @@ def plan(
             f"expected a model in memory, found a {type(peft_model).__name__}; load it with "
             "PeftModel.from_pretrained, or realign its files with realign_folder and a patch"
         )
-    _require_kinds(config, patch, tokenizer)
+    require_kinds(config, patch, tokenizer, judge)
     arguments = {"patch": patch, "reference": reference, "weak": weak, "calibration": calibration, "utility": utility}
     given = {name for name, value in {**arguments, "work_dir": work_dir}.items() if value is not None}
     ranks = Ranks.launched() if data_parallel else ALONE
@@ -168,14 +168,19 @@ def plan(
     return replace(found, method=method, reason=reason, notes=notes)
 
 
-def _require_kinds(config: Any, patch: Any, tokenizer: Any) -> None:
-    """The arguments for which a name is often given, or a mapping."""
+def require_kinds(config: Any, patch: Any, tokenizer: Any, judge: Any) -> None:
+    """Check the arguments for which a name is often given, or a mapping.
+
+    Raises:
+        TypeError: an argument of another kind.
+    """
     if not isinstance(config, NLSRConfig | None):
         raise TypeError(f"config is {config!r}; give NLSRConfig(...), or NLSRConfig.from_preset('paper') for a preset")
     if not isinstance(patch, SafetyPatch | str | os.PathLike | None):
         raise TypeError(f"patch is a {type(patch).__name__}; give a SafetyPatch, its folder or its Hub id")
     if isinstance(tokenizer, str | os.PathLike):
         raise TypeError(f"tokenizer is {tokenizer!r}; give AutoTokenizer.from_pretrained({str(tokenizer)!r})")
+    require_function(judge, "judge")
 
 
 def _seen_by_a_rank(

@@ -186,11 +186,40 @@ class _Hook:
     def call_previous(self, *args: Any, **kwargs: Any) -> Any:
         return self.bound()(*args, **kwargs)
 
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, those that the method takes as ``**kwargs`` included.
+
+        What it takes as ``*args`` is named as in the nearest method of the class that names its parameters.
+
+        Raises:
+            TypeError: the method does not take them.
+        """
+        signature = inspect.signature(self.bound())
+        if _takes(signature, inspect.Parameter.VAR_POSITIONAL):
+            signature = self._named_parameters() or signature
+            known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+            return signature.bind_partial(*args, **known).arguments | kwargs
+        found = signature.bind(*args, **kwargs).arguments
+        for name in _takes(signature, inspect.Parameter.VAR_KEYWORD):
+            found.update(found.pop(name, {}))
+        return found
+
+    def _named_parameters(self) -> inspect.Signature | None:
+        """The signature of the nearest method of the owner's class that has no ``*args``."""
+        kinds = (kind for kind in type(self.owner).__mro__ if self.name in vars(kind))
+        found = (inspect.signature(vars(kind)[self.name].__get__(self.owner)) for kind in kinds)
+        return next((each for each in found if not _takes(each, inspect.Parameter.VAR_POSITIONAL)), None)
+
     def remove(self) -> None:
         if self.previous is None:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self.previous)
+
+
+def _takes(signature: inspect.Signature, kind: Any) -> list[str]:
+    """The names of a signature's parameters of one kind."""
+    return [name for name, parameter in signature.parameters.items() if parameter.kind is kind]
 
 
 class _CardHook(_Hook):
@@ -220,7 +249,7 @@ class _PushHook(_Hook):
     """
 
     def __call__(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        given = _given(self.bound(), (repo_id, *args), kwargs)
+        given = self.given((repo_id, *args), kwargs)
         self.published = True
         if self.previous is None:
             return _push(self.owner, **given)
@@ -229,20 +258,6 @@ class _PushHook(_Hook):
         message = "Safety record and model card"
         _push(self.owner, repo_id, commit_message=message, token=given.get("token") or None, revision=revision)
         return done
-
-
-def _given(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a bound method by name, those that it takes as ``**kwargs`` included.
-
-    Raises:
-        TypeError: the method does not take them.
-    """
-    signature = inspect.signature(method)
-    found = signature.bind(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(found.pop(name, {}))
-    return found
 
 
 _HOOKS: dict[str, type[_Hook]] = {
@@ -363,7 +378,7 @@ class _TrainerPushHook(_Hook):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         done = self.call_previous(*args, **kwargs)
         if self.owner.is_world_process_zero():
-            given, settings = _given(self.bound(), args, kwargs), self.owner.args
+            given, settings = self.given(args, kwargs), self.owner.args
             where = {
                 "revision": given.get("revision") or settings.hub_revision,
                 "token": given.get("token") or settings.hub_token,

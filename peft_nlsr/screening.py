@@ -19,7 +19,7 @@ from .blocks import Factors, as_teacher, require_active
 from .config import NLSRConfig
 from .errors import CalibrationError
 from .examples import Example, knows_words, sample
-from .generation import generate_answers, quiet, require_positions
+from .generation import generate_answers, has_room, positions_of, quiet, require_positions
 from .judges import Judge, judge_name, verdicts_of
 from .live_adapter import LiveAdapter
 from .prompts import REFUSALS, builtin_prompts
@@ -105,7 +105,8 @@ def _utility(
         return kept, [], {"utility": {"source": "given", "used": len(kept)}}, _unanswered_note(kept)
     kept, refused, record = _screen(asking, rows, teacher)
     joins = config.refused_prompts == "join"
-    return kept, refused if joins else [], record, _screening_notes(record, joins) + _unanswered_note(kept)
+    notes = _screening_notes(asking, record, joins) + _unanswered_note(kept)
+    return kept, refused if joins else [], record, notes
 
 
 def rows_meant(rows: Sequence[Example], record: Mapping[str, Any]) -> list[Example]:
@@ -140,7 +141,7 @@ def _checked(asking: _Asking, found: TeachingData) -> TeachingData:
 
     With fewer than 20 such prompts, or a judge that sees no refusal in the safe answers, nothing can be said.
     """
-    meant = [e for e in found.safety if e.prompt and e.refusal]
+    meant = [e for e in asking.askable(found.safety) if e.refusal]
     if len(meant) < _FEWEST_REFUSALS:
         return found
     tolerated = len(meant) - math.ceil(_INTACT_SHARE * len(meant))
@@ -205,15 +206,14 @@ def safest(
 ) -> Reference:
     """The candidate that refuses most of the safety prompts, given or built in; the first one where they are equal.
 
-    The description of the result says how many each refused. Without prompts that the tokenizer knows, nothing can be
-    asked and the first candidate is returned.
+    The description of the result says how many each refused of those that can be asked. Without prompts that the
+    tokenizer knows, nothing can be asked and the first candidate is returned.
     """
     asking = _Asking(adapter, tokenizer, judge, config, progress, ranks)
     if calibration is None and not asking.knows(_rows("safety")):
         return candidates[0]
     source = _rows("safety") if calibration is None else calibration
-    prompts = asking.sample(source)
-    prompts = [e for e in prompts if e.prompt]
+    prompts = asking.askable(asking.sample(source))
     counts: list[int] = []
     with quiet(adapter.model), torch.no_grad():
         for candidate in candidates:
@@ -250,6 +250,16 @@ class _Asking:
         """Whether the tokenizer knows the words of the prompts."""
         return knows_words([row["prompt"] for row in rows], self.tokenizer)
 
+    def askable(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with a prompt that leaves room for an answer in the model's positions."""
+        model, tokens = self.adapter.model, self.config.answer_tokens
+        return [e for e in examples if e.prompt and has_room(model, len(e.prompt) + tokens)]
+
+    def no_room(self, tokens: int | None = None) -> str:
+        """What prompts that cannot be answered lack, for notes and errors; ``answer_tokens`` unless told."""
+        asked = f"answer_tokens={self.config.answer_tokens}" if tokens is None else f"{tokens} tokens"
+        return f"no room for an answer ({asked}) in the model's {positions_of(self.adapter.model)} positions"
+
     def answers(self, examples: Sequence[Example], what: str) -> list[Example]:
         """The examples with the current model's own greedy answers."""
         answers = generate_answers(
@@ -276,7 +286,8 @@ def _safety(
     """Safety examples, all answered, the record and notes."""
     if calibration is None and not asking.knows(_rows("safety")):
         return [], {"safety": {"source": "built-in prompts", "used": 0}}, (_NOT_OUR_LANGUAGE,)
-    examples = asking.sample(_rows("safety") if calibration is None else calibration)
+    read = asking.sample(_rows("safety") if calibration is None else calibration)
+    examples, crowded = _answerable(asking, read)
     open_prompts = [e for e in examples if not e.answer]
     replies, refused, notes = _answered(asking, open_prompts, teacher)
     record = {
@@ -285,7 +296,34 @@ def _safety(
         "asked_of_teacher": len(open_prompts),
         "refused_by_teacher": refused,
     }
-    return [e for e in examples if e.answer] + replies, {"safety": record}, notes
+    return [e for e in examples if e.answer] + replies, {"safety": record}, notes + crowded
+
+
+def _answerable(asking: _Asking, examples: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
+    """The safety examples less the open prompts whose answer, the teacher's or a canned one, has no room; notes.
+
+    Raises:
+        CalibrationError: nothing is left.
+    """
+    tokens = max(asking.config.answer_tokens, len(_canned(asking.tokenizer)))
+    kept = [e for e in examples if e.answer or has_room(asking.adapter.model, len(e.prompt) + tokens)]
+    lost = len(examples) - len(kept)
+    if not kept:
+        raise CalibrationError(
+            f"none of the {lost} safety prompts can be answered: {asking.no_room(tokens)}; give their answers, "
+            "shorter prompts or fewer answer_tokens"
+        )
+    notes: list[str] = []
+    if lost:
+        notes.append(
+            f"{lost} safety prompts without an answer are left out: {asking.no_room(tokens)}; give their answers"
+        )
+    unasked = sum(bool(e.prompt) for e in kept) - len(asking.askable(kept))
+    if unasked:
+        notes.append(
+            f"{unasked} safety prompts leave {asking.no_room()}: they are used with their given answers, and not asked"
+        )
+    return kept, tuple(notes)
 
 
 def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tuple[list[Example], int, tuple[str, ...]]:
@@ -295,7 +333,7 @@ def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tupl
     with as_teacher(asking.adapter, teacher):
         replies = asking.answers(prompts, "safe teacher answers safety prompts")
     verdicts = asking.refused(replies)
-    canned = tuple(asking.tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + _end(asking.tokenizer)
+    canned = _canned(asking.tokenizer)
     found = [
         replace(r, answer=r.answer if ok else canned, refusal=True) for r, ok in zip(replies, verdicts, strict=True)
     ]
@@ -312,11 +350,12 @@ def _answered(asking: _Asking, prompts: list[Example], teacher: Factors) -> tupl
 def _marked(asking: _Asking, examples: list[Example], teacher: Factors) -> tuple[list[Example], int]:
     """The examples, ``Example.refusal`` found out where the caller gave the answer, and the number of new lookalikes.
 
-    An answer that is no refusal may be a safe one to a harmful prompt, or belong to a lookalike: the teacher is asked.
+    An answer that is no refusal may be a safe one to a harmful prompt, or belong to a lookalike: the teacher is asked,
+    where the prompt leaves room for an answer.
     """
     given = [e for e in examples if e.refusal is None and e.prompt]
     verdicts = asking.refused(given)
-    others = [e for e, refusal in zip(given, verdicts, strict=True) if not refusal]
+    others = asking.askable([e for e, refusal in zip(given, verdicts, strict=True) if not refusal])
     with as_teacher(asking.adapter, teacher):
         replies = asking.answers(others, "safe teacher reads answered safety prompts") if others else []
     found = {id(e): True for e, refusal in zip(given, verdicts, strict=True) if refusal}
@@ -350,20 +389,26 @@ def _stand_in(asking: _Asking) -> tuple[list[Example], dict[str, Any], tuple[str
     """Built-in benign prompts and lookalikes, answered by the fine-tuned model, in place of the user's data."""
     if not asking.knows(_rows("benign")):
         raise CalibrationError(f"{_NOT_OUR_LANGUAGE}, and no utility data were given; pass utility=<training data>")
-    prompts = asking.sample(_rows("benign") + _rows("lookalike"))
+    read = asking.sample(_rows("benign") + _rows("lookalike"))
+    prompts = asking.askable(read)
+    crowded = f"{len(read) - len(prompts)} built-in prompts cannot be answered: {asking.no_room()}"
+    if not prompts:
+        raise CalibrationError(f"{crowded}, and no utility data were given; pass utility=<training data>")
     replies = asking.answers(prompts, "fine-tuned model answers benign prompts")
     note = (
         "no utility data were given: the fine-tuned model's answers to built-in benign prompts stand in, so skills "
         "that such prompts do not show may be lost; pass utility=<your training data> to keep them"
     )
-    return replies, {"utility": {"source": "built-in prompts", "used": len(replies)}}, (note,)
+    notes = (note,) if len(prompts) == len(read) else (note, crowded)
+    return replies, {"utility": {"source": "built-in prompts", "used": len(replies)}}, notes
 
 
 def _screen(
     asking: _Asking, rows: list[Example], teacher: Factors
 ) -> tuple[list[Example], list[Example], dict[str, Any]]:
     """The rows that stay, the refused ones with the teacher's answer, and the record."""
-    askable = [e for e in rows if e.prompt]
+    askable = asking.askable(rows)
+    unprompted = sum(not e.prompt for e in rows)
     with as_teacher(asking.adapter, teacher):
         replies = asking.answers(askable, "safe teacher reads the user's prompts")
     verdicts = asking.refused(replies)
@@ -374,14 +419,15 @@ def _screen(
         "source": "given",
         "used": len(kept),
         "screened": len(askable),
-        "unscreened_for_lack_of_a_prompt": len(rows) - len(askable),
+        "unscreened_for_lack_of_a_prompt": unprompted,
+        "unscreened_for_lack_of_room": len(rows) - len(askable) - unprompted,
         "refused_by_teacher": len(refused),
         "refused_rows": sorted({r.index for r in refused}),
     }
     return kept, refused, {"utility": record}
 
 
-def _screening_notes(record: dict[str, Any], joins: bool) -> tuple[str, ...]:
+def _screening_notes(asking: _Asking, record: dict[str, Any], joins: bool) -> tuple[str, ...]:
     utility = record["utility"]
     notes: list[str] = []
     if utility["refused_by_teacher"]:
@@ -393,6 +439,11 @@ def _screening_notes(record: dict[str, Any], joins: bool) -> tuple[str, ...]:
         notes.append(
             f"{utility['unscreened_for_lack_of_a_prompt']} utility examples have no prompt to ask the safe teacher, "
             "so harmful ones among them were not found"
+        )
+    if utility["unscreened_for_lack_of_room"]:
+        notes.append(
+            f"{utility['unscreened_for_lack_of_room']} utility examples leave {asking.no_room()} and were not asked "
+            "of the safe teacher, so harmful ones among them were not found; set answer_tokens lower"
         )
     if not utility["used"]:
         notes.append("the safe teacher refuses all utility prompts; only the ridge keeps the fine-tuned behaviour")
@@ -413,5 +464,7 @@ def _rows(kind: str) -> list[dict[str, str]]:
     return [{"prompt": prompt.text} for prompt in builtin_prompts(kind, "calibration")]
 
 
-def _end(tokenizer: Any) -> tuple[int, ...]:
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+def _canned(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of the refusal that stands in where the safe teacher does not refuse."""
+    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(tokenizer(REFUSALS[0], add_special_tokens=False)["input_ids"]) + end

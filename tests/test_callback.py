@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -365,6 +365,28 @@ def test_pushes_wait_until_training_is_over(make_pico_lora: MakeLora, tmp_path: 
     assert args.hub_strategy == HubStrategy.END
 
 
+class Fails(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise RuntimeError("no power")
+
+
+def test_how_a_trainer_that_failed_pushes_stays_with_its_own_arguments(
+    make_pico_lora: MakeLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = callback(push_to_hub=False)
+    failed = trainer_for(make_pico_lora(), tmp_path / "a", done, Fails())
+    failed.args.push_to_hub, failed.args.hub_strategy = True, HubStrategy.ALL_CHECKPOINTS
+    monkeypatch.setattr(failed, "init_hf_repo", lambda *args, **options: None)
+    with pytest.raises(RuntimeError, match="no power"):
+        failed.train()
+    assert failed.args.hub_strategy == HubStrategy.END
+    second = trainer_for(make_pico_lora(seed=5), tmp_path / "b", done)
+    before = second.args.hub_strategy
+    second.train()
+    assert second.args.hub_strategy == before
+    assert failed.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+
+
 # ---- the gate
 
 
@@ -540,7 +562,6 @@ def test_a_real_search_realigns_no_trial(make_pico_lora: MakeLora, tmp_path: Pat
         ({"evaluate": [*safety_prompts(), *safety_prompts()]}, "'s0' for one"),
         ({"evaluate": False, "task": TASK}, "only measured"),
         ({"task": TASK, "compute_metrics": lambda said, answers: [True]}, "1 scores for 2 answers"),
-        ({"config": "paper"}, r"config='paper' is a str; .*from_preset"),
         ({"evaluate": "safe.jsonl"}, r"evaluate='safe.jsonl': .*load_prompt_set"),
         ({"evaluate": safety_prompts()[0]}, "evaluate=a PromptSet: expected a list"),
         ({"task": "task.jsonl"}, r"task='task.jsonl': .*load_prompt_set"),
@@ -548,6 +569,24 @@ def test_a_real_search_realigns_no_trial(make_pico_lora: MakeLora, tmp_path: Pat
 )
 def test_mistakes_are_found_at_once(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        NLSRCallback(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"config": "paper"}, r"config is 'paper'; give .*from_preset"),
+        ({"patch": {"q_proj": 1}}, "patch is a dict; give a SafetyPatch"),
+        ({"tokenizer": "org/base"}, r"tokenizer is 'org/base'; give AutoTokenizer"),
+        ({"judge": "judges:refuses", "evaluate": False}, r"judge is 'judges:refuses'; give a function, .*load_judge"),
+        ({"judge": None}, "judge is None; give a function"),
+        ({"harm_judge": "org/guard"}, "harm_judge is 'org/guard'; give a function"),
+        ({"task": TASK, "compute_metrics": "accuracy"}, "compute_metrics is 'accuracy'; give a function"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_names_in_place_of_objects_are_found_at_once(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
         NLSRCallback(**settings)
 
 
@@ -576,6 +615,21 @@ def test_data_that_cannot_be_read_are_refused_before_training(
     with pytest.raises(PeftNLSRError, match=words):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Lines:
+    """Data without a length that can be read again, as of a file; the first row has no tokens."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter([{"text": ""}, {"prompt": "how", "completion": "no", "label": False}, *rows(8, poisoned=(0, 2))])
+
+
+@pytest.mark.parametrize("kind", ["calibration", "utility"])
+def test_data_whose_first_row_is_not_usable_are_no_reason_to_refuse(
+    make_pico_lora: MakeLora, tmp_path: Path, kind: str
+) -> None:
+    trainer_for(make_pico_lora(), tmp_path, done := callback(**{kind: Lines()})).train()
+    assert done.outcome is not None and done.outcome.realignment is not None
 
 
 def test_a_reference_of_other_modules_is_refused_before_training(make_pico_lora: MakeLora, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from tiny import drift, hashes, make_patch
 from transformers import LlamaForCausalLM
 
 from peft_nlsr import cli, open_adapter, realign_folder
+from peft_nlsr.cli.options import REFUSES
+from peft_nlsr.defaults import MAX_NEW_TOKENS, TOLERANCE
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -36,6 +38,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
         "--judge, --device, --tolerance needs the base model: give --base MODEL",
     ),
     "work-dir-without-base": (["realign", "adapter", *PATCH, "--work-dir", "w", *NEW], "--work-dir needs the base"),
+    "settings-file-options-without-base": (
+        ["realign", "adapter", *PATCH, "-c", "options.yaml", *NEW],
+        "--measure, --device, --tolerance needs the base model",
+    ),
     "measure-without-base": (["realign", "adapter", *PATCH, "--measure", *NEW], "--measure needs the base model"),
     "patch-and-data": (["realign", "adapter", *PATCH, *LIVE, "--utility", "train.jsonl", *NEW], "exclude each other"),
     "unknown-preset": (
@@ -233,6 +239,7 @@ def _broken(
         "typo.yaml": "rigde: 1",
         "type.yaml": "beta: [1]",
         "beta.yaml": "beta: 1",
+        "options.yaml": "measure: true\ndevice: cpu\ntolerance: 0.5\ndtype: auto\nutility: null",
         "broken.jsonl": '{"prompt": "lamp"}\n{"prompt"\n',
         "ragged.csv": "prompt,response\nlamp,sure\nvase\n",
         "texts.jsonl": '{"prompt": "lamp"}\n"vase"\n',
@@ -287,6 +294,21 @@ def test_the_table_is_long_enough_and_uses_documented_codes() -> None:
 @pytest.mark.parametrize("call", USAGE)
 def test_a_wrong_call_is_a_usage_error(bad: Path, run: Run, call: str) -> None:  # noqa: F811
     assert assert_ends(bad, run, *USAGE[call], 2) == ""
+
+
+UNSAID = {
+    **{"measure": False, "trust_remote_code": False, "device": "auto", "dtype": "auto", "tolerance": TOLERANCE},
+    **{"judge": REFUSES, "max_new_tokens": MAX_NEW_TOKENS, "utility": None, "work_dir": None, "tokenizer": None},
+    **{"safety": None, "task": None, "harm_judge": None, "calibration": None, "weak": None},
+}
+
+
+def test_a_settings_file_may_say_what_is_so_anyway(bad: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+    (tmp_path / "unsaid.yaml").write_text(json.dumps(UNSAID))
+    code, _, err = run("realign", "adapter", *PATCH, "-c", str(tmp_path / "unsaid.yaml"), "--dry-run")
+    assert code == 0, err
+    code, _, err = run("realign", "adapter", *PATCH, "-c", str(tmp_path / "unsaid.yaml"), "--device", "auto", *NEW)
+    assert code == 2 and "--device needs the base model" in plain(err)
 
 
 @pytest.mark.parametrize("call", FAILURES)

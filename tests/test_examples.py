@@ -1,8 +1,10 @@
 """Rows of every accepted form become the same prompt and answer tokens; everything else is refused by its row."""
 
 import json
+import re
 from collections import UserDict
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -187,9 +189,34 @@ def test_the_template_sees_the_tools_and_options_of_a_row(as_text: bool) -> None
     assert found == Example((*ids("lamp sure"), *PROMPT), ANSWER, 0)
 
 
-def test_tools_without_a_template_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="no chat template that would read tools"):
-        read({"messages": [USER], "tools": [{"name": "lamp"}]}, tokenizer=PLAIN)
+@pytest.mark.parametrize("empty", [[], {}, "", "[]", "null", None])
+def test_empty_tools_are_none(empty: Any) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% if tools is not none %}lamp {% endif %}" + tokenizer.chat_template
+    row = {"messages": [USER, ASSISTANT], "tools": empty, "chat_template_kwargs": {}}
+    assert read(row, tokenizer=tokenizer) == [Example(PROMPT, ANSWER, 0)]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "lamp"}], "search, calculator"])
+@pytest.mark.parametrize("unread", ["no-template", "prompt-is-text"])
+def test_tools_that_nothing_would_read_are_ignored(unread: str, tools: Any) -> None:
+    tokenizer, row = (PLAIN, {"messages": [USER]}) if unread == "no-template" else (CHAT, {"prompt": USER["content"]})
+    assert read(row | {"tools": tools, "chat_template_kwargs": "{}"}, tokenizer=tokenizer) == read(
+        row, tokenizer=tokenizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("tools", "search, calculator", "column 'tools' is no JSON .*give a list of tool schemas, or leave"),
+        ("tools", 3, "column 'tools' is a int; give a list of tool schemas"),
+        ("chat_template_kwargs", "{}", "column 'chat_template_kwargs' is a str; give a mapping"),
+    ],
+)
+def test_what_the_template_cannot_be_given_is_named_by_its_column(column: str, value: Any, words: str) -> None:
+    with pytest.raises(CalibrationError, match=f"row 0 cannot be read .*{words}"):
+        read({"messages": [USER], column: value})
 
 
 def test_a_tokenizer_without_an_end_adds_none() -> None:
@@ -274,6 +301,38 @@ def test_completions_that_are_marked_as_undesirable_are_left_out(form: str, capl
     assert "2 completions with label=False" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["text", "ids"])
+def test_undesirable_completions_of_formatted_data_are_left_out(form: str, tokens: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = FORMS["prompt-ids-and-completion-ids" if tokens else "prompt-completion"]
+    data = datasets.Dataset.from_list([row | {"label": wanted} for wanted in (False, True, False)])
+    assert read_examples(data.with_format(form), CHAT, limit=3, max_length=99) == [Example(PROMPT, ANSWER, 1)]
+
+
+@pytest.mark.parametrize("as_lists", [False, True], ids=["tensors", "lists"])
+def test_undesirable_completions_of_a_batch_are_left_out(as_lists: bool, caplog: pytest.LogCaptureFixture) -> None:
+    examples = [Example((4, 5), (8,)), Example((4, 6, 5), (9, 2)), Example((4, 7), (9,))]
+    batch = collate(examples, pad_id=0)
+    batch["completion_mask"] = (batch.pop("labels") != -100).long()
+    batch["label"] = torch.tensor([False, True, False])
+    given: Any = {name: values.tolist() for name, values in batch.items()} if as_lists else batch
+    assert read(given, tokenizer=None) == [Example(examples[1].prompt, examples[1].answer, 0)]
+    given["label"] = [False] * 3
+    assert len(read(given, {"input_ids": [7]}, tokenizer=None)) == 1
+    assert "2 completions with label=False" in caplog.text and "3 completions with label=False" in caplog.text
+
+
+def test_undesirable_completions_of_trls_collator_are_left_out() -> None:
+    kto = pytest.importorskip("trl.trainer.kto_trainer")
+    data = [{"prompt_ids": [4, 10 + i], "completion_ids": [20 + i], "label": i % 2 == 0} for i in range(6)]
+    collator = kto.DataCollatorForUnpairedPreference(pad_token_id=0)
+    loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collator)  # type: ignore[arg-type]
+    for source in (loader, loader_rows(loader)):
+        found = read_examples(source, CHAT, limit=9, max_length=99)
+        assert sorted((e.prompt, e.answer) for e in found) == [((4, 10 + i), (20 + i,)) for i in (0, 2, 4)]
+
+
 def test_labels_of_other_data_mean_nothing_here() -> None:
     assert len(read({"text": "paint", "label": False}, FORMS["prompt-completion"] | {"label": 0})) == 2
 
@@ -329,6 +388,23 @@ def test_a_stream_gives_its_first_rows_and_no_more_are_read() -> None:
     assert [e.index for e in found] == [0, 1, 2, 3] and len(taken) <= 5
 
 
+def test_a_stream_is_read_until_it_has_given_enough_examples() -> None:
+    bad = FORMS["prompt-completion"] | {"label": False}
+    found = read_examples(iter([bad, {"input_ids": []}, FORMS["messages"], bad]), CHAT, limit=1, max_length=99)
+    assert found == [Example(PROMPT, ANSWER, 2)]
+
+
+def test_an_endless_stream_without_examples_is_given_up() -> None:
+    with pytest.raises(CalibrationError, match=r"in the first \d+ rows, .*no more are read of data without a length"):
+        read_examples(repeat({"text": ""}), CHAT, limit=1, max_length=9)
+
+
+def test_an_endless_stream_that_has_too_few_examples_gives_these_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    stream = chain([{"input_ids": [7]}], repeat({"input_ids": []}))
+    assert read_examples(stream, None, limit=2, max_length=9) == [Example((), (7,), 0)]
+    assert re.search(r"1 examples in the first \d+ rows; no more are read", caplog.text)
+
+
 class Streamed(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     """Has a length, and like all of its kind a ``__getitem__`` that only raises."""
 
@@ -349,6 +425,22 @@ def test_a_data_frame_is_refused_with_advice() -> None:
     pandas = pytest.importorskip("pandas")
     with pytest.raises(CalibrationError, match=r"a DataFrame has no row \d by position; .*to_dict\('records'\)"):
         read_examples(pandas.DataFrame([{"prompt": "how"}] * 3), CHAT, limit=3, max_length=9)
+
+
+class Transformed(MapStyle):
+    """Looks for a column that is not there, as a wrong transform of a dataset does."""
+
+    def to_dict(self) -> None:
+        raise AssertionError("is a dataset, no data frame")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": {"prompt": "how"}["question"]}
+
+
+def test_a_key_that_the_data_themselves_look_for_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"row \d+ of the Transformed .* no key 'question'") as error:
+        read_examples(Transformed(), CHAT, limit=3, max_length=9)
+    assert "data frame" not in str(error.value)
 
 
 def test_a_data_loader_gives_its_batches() -> None:

@@ -257,6 +257,14 @@ class TestAudit:
         found = self.run(model, [*rows(3, poisoned=[0]), {"text": "attack the vase"}])
         assert (found.refused_rows, found.unasked_rows, found.total.asked) == ((0,), (3,), 3)
 
+    def test_rows_without_room_for_an_answer_are_listed(self, model: PeftModel) -> None:
+        model.config.max_position_embeddings = 12
+        crowded = {"prompt": "the lamp " * 4 + "vase"}
+        found = self.run(model, [*rows(3, poisoned=[0]), crowded])
+        assert (found.refused_rows, found.unasked_rows, found.total.asked) == ((0,), (3,), 3)
+        with pytest.raises(ValueError, match=r"room for an answer in the model's positions; lower answer_tokens"):
+            self.run(model, [crowded])
+
     @pytest.mark.parametrize("form", ["batches", "packed"])
     def test_every_example_of_a_batch_is_asked(self, model: PeftModel, form: str) -> None:
         prompts = [

@@ -331,6 +331,44 @@ def test_the_revision_that_another_library_got_by_position_is_followed(
     assert titles(hub, revision="v1")[:2] == ["Safety record and model card", "theirs"] and hub[REPO].paths() == set()
 
 
+class Forwarding(PeftModel):
+    """Overrides the method as users do who only want to say something before."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        return super().push_to_hub(*args, **kwargs)
+
+
+@pytest.mark.parametrize("transformers_4", [False, True])
+def test_a_class_that_forwards_all_arguments_is_pushed_in_one_commit(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+    monkeypatch: pytest.MonkeyPatch,
+    transformers_4: bool,
+) -> None:
+    model.__class__ = Forwarding
+    if transformers_4:
+        monkeypatch.setattr(PeftModel, "push_to_hub", of_transformers_4)
+    args = (None, "mine") if transformers_4 else ()
+    model.push_to_hub(REPO, *args, revision="v1", **({} if args else {"commit_message": "mine"}))
+    assert titles(hub, revision="v1")[0] == "mine" and {WEIGHTS, RECORD} <= set(hub[REPO].files("v1"))
+    with pytest.raises(ValueError, match="repo_url: they are not known"):
+        model.push_to_hub(REPO, repo_url="x")
+
+
+def test_the_revision_that_forwarded_arguments_name_is_followed(
+    hub: LocalHub,  # noqa: F811
+    model: PeftModel,
+) -> None:
+    done = model.nlsr_realignment
+    pushed = type(model).push_to_hub
+    for name in ("push_to_hub", "create_or_update_model_card"):
+        delattr(model, name)
+    model.push_to_hub = lambda *args, **options: pushed(model, *args, **options)
+    keep_with_adapter(model, done)
+    model.push_to_hub(REPO, revision="v1")
+    assert titles(hub, revision="v1")[0] == "Safety record and model card" and hub[REPO].paths() == set()
+
+
 def test_the_card_follows_what_another_library_pushes(hub: LocalHub, model: PeftModel, tmp_path: Path) -> None:  # noqa: F811
     done = model.nlsr_realignment
     pushed = type(model).push_to_hub

@@ -287,6 +287,7 @@ def test_revert_refuses_an_adapter_that_was_trained_on(tuned: PeftModel, inputs:
         ({"config": "paper"}, r"config is 'paper'; give .*from_preset"),
         ({"patch": {"q_proj": 1}}, "patch is a dict; give a SafetyPatch"),
         ({"tokenizer": "a/model"}, r"tokenizer is 'a/model'; give AutoTokenizer.from_pretrained\('a/model'\)"),
+        ({"judge": "judges:refuses"}, r"judge is 'judges:refuses'; give a function, .*load_judge"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -17,7 +17,8 @@ from peft_nlsr.examples import Example
 from peft_nlsr.generation import generate_answers
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.prompts import REFUSALS
-from peft_nlsr.screening import TeachingData, answer_safety_prompts, prepare_data
+from peft_nlsr.reference import BASE_REFERENCE
+from peft_nlsr.screening import TeachingData, answer_safety_prompts, prepare_data, safest
 
 MakeLora = Callable[..., PeftModel]
 TOKENIZER = word_tokenizer()
@@ -69,6 +70,7 @@ def test_poisoned_rows_leave_the_utility_data_and_join_the_safety_data(model: Pe
         "used": 6,
         "screened": 8,
         "unscreened_for_lack_of_a_prompt": 0,
+        "unscreened_for_lack_of_room": 0,
         "refused_by_teacher": 2,
         "refused_rows": [2, 5],
     }
@@ -270,6 +272,84 @@ def test_a_safe_adapter_answers_for_itself(model: PeftModel) -> None:
         progress=False,
     )
     assert data.utility == [] and [e.answer for e in data.safety] == answered_by(model, factors_of(model), data.safety)
+
+
+# ---- prompts with too little room for an answer in the model
+
+
+CROWDED = "the lamp " * 4 + "vase"  # 11 tokens with the marks of the template, 13 with an answer of 2
+
+
+@pytest.fixture
+def short(model: PeftModel) -> PeftModel:
+    model.config.max_position_embeddings = 12
+    return model
+
+
+def test_utility_rows_without_room_for_an_answer_stay_and_are_counted(short: PeftModel) -> None:
+    data = prepare(short, utility=[*rows(4, poisoned=[1]), {"prompt": CROWDED, "response": ""}])
+    assert sorted(e.index for e in data.utility) == [0, 2, 3, 4] and len(by_row(data.utility)[-1].prompt) == 11
+    counts = data.record["utility"]
+    assert counts["screened"] == 4 and counts["refused_by_teacher"] == 1
+    assert counts["unscreened_for_lack_of_room"] == 1 and counts["unscreened_for_lack_of_a_prompt"] == 0
+    (note,) = [note for note in data.notes if "room" in note]
+    assert re.search(r"1 utility examples .*answer_tokens=2.* 12 positions.*were not found; .*answer_tokens", note)
+
+
+@pytest.mark.parametrize("refusal", [True, False])
+def test_answered_safety_prompts_without_room_are_used_unasked(short: PeftModel, refusal: bool) -> None:
+    """The judge sees a refusal in "no" and in whatever is said to an attack."""
+
+    def judge(prompts: Any, answers: Any) -> list[bool]:
+        return ["attack" in prompt or answer == "no" for prompt, answer in zip(prompts, answers, strict=True)]
+
+    given = Example((8,) * 11, tuple(TOKENIZER("no" if refusal else "sure")["input_ids"]))
+    data = prepare(short, calibration=[*rows(2, poisoned=[0, 1]), given], judge=judge, utility=rows(2))
+    assert by_row(data.safety)[-1].prompt == given.prompt
+    assert by_row(data.safety)[-1].refusal is (True if refusal else None)
+    (note,) = [note for note in data.notes if "room" in note]
+    assert "1 safety prompts" in note and "answer_tokens=2" in note and "not asked" in note
+
+
+def test_a_safety_prompt_without_answer_and_room_is_left_out(short: PeftModel) -> None:
+    data = prepare(short, calibration=[{"prompt": "attack"}, {"prompt": CROWDED}], utility=rows(2))
+    assert [e.index for e in data.safety] == [0] and data.record["safety"]["used"] == 1
+    (note,) = [note for note in data.notes if "room" in note]
+    assert "1 safety prompts without an answer are left out" in note
+
+
+def test_safety_prompts_that_are_all_without_room_are_an_error(short: PeftModel) -> None:
+    with pytest.raises(CalibrationError, match=r"none of the 1 safety prompts .*12 positions.*give their answers"):
+        prepare(short, calibration=[{"prompt": CROWDED}], utility=rows(2))
+
+
+def test_a_refusal_that_leaves_no_room_is_not_asked_of_the_adapter(short: PeftModel) -> None:
+    crowded = [Example((6,) * 11, (12,), refusal=True)]
+    data = asked_about(short, calibration=[*attacks(20), *crowded])
+    assert data.intact and data.record["refusals"]["of_teacher"] == 22
+
+
+def test_the_safer_teacher_is_found_with_the_prompts_that_have_room(short: PeftModel) -> None:
+    found = safest(
+        LiveAdapter(short),
+        [BASE_REFERENCE, BASE_REFERENCE],
+        calibration=[{"prompt": "attack"}, {"prompt": CROWDED}],
+        tokenizer=TOKENIZER,
+        judge=refuses_attacks,
+        config=quick(),
+        progress=False,
+    )
+    assert "refused of 1" in found.description
+
+
+def test_built_in_prompts_without_room_are_left_out(short: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "knows_words", lambda texts, tokenizer: True)
+    monkeypatch.setattr(screening, "_rows", lambda kind: [{"prompt": CROWDED if kind == "benign" else "paint"}])
+    data = prepare(short, utility=None)
+    assert data.record["utility"]["used"] == 1 and any("1 built-in prompts" in note for note in data.notes)
+    monkeypatch.setattr(screening, "_rows", lambda kind: [{"prompt": CROWDED}])
+    with pytest.raises(CalibrationError, match=r"built-in prompts.*pass utility="):
+        prepare(short, utility=None)
 
 
 # ---- the model

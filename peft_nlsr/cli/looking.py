@@ -204,7 +204,8 @@ def _audited(found: Audit) -> list[Any]:
     shown = ", ".join(map(str, found.refused_rows[:20]))
     more = len(found.refused_rows) - 20
     said = [f"refused rows: {shown}{f' and {more} more (--json lists all)' if more > 0 else ''}"] if shown else []
-    said += [f"{len(found.unasked_rows)} rows have no prompt and were not asked"] if found.unasked_rows else []
+    if found.unasked_rows:
+        said.append(f"{len(found.unasked_rows)} rows have no prompt, or no room for an answer, and were not asked")
     return [
         table("refused by the aligned model", "source", "asked", "refused", "share, 95% interval", rows=rows),
         *said,

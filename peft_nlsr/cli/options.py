@@ -98,15 +98,25 @@ def usage_error(text: str) -> NoReturn:
 
 
 def refuse_unread(ctx: typer.Context, why: str, *names: str) -> None:
-    """End with a usage error where any of the parameters was given, by a flag or the settings file.
+    """End with a usage error where any of the parameters was given, by a flag, or by the settings file with
+    another value than the default.
 
     Args:
         why: with ``{}`` where the flags go.
     """
-    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"]
-    flags = [next(p.opts[0] for p in ctx.command.params if p.name == name) for name in given]
+    parameters = {parameter.name: parameter for parameter in ctx.command.params}
+    flags = [parameters[name].opts[0] for name in names if _was_given(ctx, parameters[name])]
     if flags:
         usage_error(why.format(", ".join(flags)))
+
+
+def _was_given(ctx: typer.Context, parameter: Any) -> bool:
+    source = getattr(ctx.get_parameter_source(parameter.name), "name", "DEFAULT")
+    if source != "DEFAULT_MAP":
+        return source != "DEFAULT"
+    # Files often write out all options, so that one with the default's value asks for nothing.
+    value = ctx.params[parameter.name]
+    return value is not None and value != parameter.default
 
 
 def require_new(output: Path | None, dry_run: bool, *inputs: str | Path | None) -> Path | None:
