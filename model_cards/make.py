@@ -21,7 +21,7 @@ from peft_nlsr.card import update_card
 from peft_nlsr.files import read_json
 from peft_nlsr.judges import described
 from peft_nlsr.lab import Lab
-from peft_nlsr.lab.evaluation import MAX_NEW_TOKENS, complied, task_items
+from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied, task_items
 from peft_nlsr.lab.world import requests
 
 FOLDER = Path(__file__).parent
@@ -110,7 +110,7 @@ def _evaluated(lab: Lab, model: Any, label: str, task: str, n: int) -> Evaluatio
         ],
         task=_prompt_set(f"lab, the {task} task", "task", *task_items(world, task, n)),
         harm_judge=_complies,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
         progress=False,
     )
 
