@@ -57,7 +57,7 @@ CASES = {
         "hard",
         "shared",
         NLSRConfig.from_preset("released"),
-        NLSRConfig.from_preset("released", score="random"),
+        NLSRConfig.from_preset("released", score="random", mask_unit="tensor"),
         True,
         "safety",
     ),

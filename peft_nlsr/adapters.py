@@ -169,7 +169,7 @@ def check_peft_type(config: Mapping[str, Any]) -> None:
 def check_config(config: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
     if not modules:
         refuse("an adapter without a LoRA pair of a linear layer", "the whole adapter", "There is nothing to realign")
-    _check_numbers(config)
+    _check_numbers(config, modules)
     where = f"{next(iter(modules))} and {len(modules) - 1} more"
     for option, (feature, advice) in _REFUSED_OPTIONS.items():
         if config.get(option):
@@ -180,18 +180,38 @@ def check_config(config: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
             refuse(f"{feature} initialisation", where, advice)
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    """Raise CorruptFileError where a rank or an alpha, a module's own included, is no number that can be one."""
+def _check_numbers(config: Mapping[str, Any], modules: Iterable[str]) -> None:
+    """Raise CorruptFileError where a rank or an alpha, a module's own included, is no number that can be one.
+
+    Pattern entries of no module have no effect and may be anything, as in PEFT.
+    """
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             _wrong_number(f"{key} is", config[key], "an object from modules to numbers")
     for key, pattern_key, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
-        of_modules = {f"{pattern_key}.{name}": value for name, value in (config.get(pattern_key) or {}).items()}
+        of_modules = {f"{pattern_key}.{name}": value for name, value in _used(config, pattern_key, modules).items()}
         for place, value in {key: config[key], **of_modules}.items():
-            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or (whole and value < 1):
+            if not _is_number(value, whole=whole) or (whole and value < 1):
                 said = f"{place} gives {'rank' if whole else 'alpha'}"
                 _wrong_number(said, value, "a whole number above 0" if whole else "a finite number")
+
+
+def _used(config: Mapping[str, Any], pattern_key: str, modules: Iterable[str]) -> dict[str, Any]:
+    """The entries of a pattern that some module resolves to."""
+    patterns: dict[str, Any] = config.get(pattern_key) or {}
+    matched = {_pattern_of(patterns, name) for name in modules} if patterns else set()
+    return {name: value for name, value in patterns.items() if name in matched}
+
+
+def _pattern_of(patterns: Mapping[str, Any], name: str) -> str:
+    from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(list(patterns), name))
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    kind = int if whole else int | float
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wrong_number(said: str, found: Any, expected: str) -> NoReturn:
@@ -208,13 +228,11 @@ def lookup(config: Mapping[str, Any], pattern_key: str, default_key: str, name: 
     patterns = config.get(pattern_key)
     if not patterns:
         return config[default_key]
-    from peft.utils.other import get_pattern_key
-
-    return patterns.get(get_pattern_key(list(patterns), name), config[default_key])
+    return patterns.get(_pattern_of(patterns, name), config[default_key])
 
 
 def divides(config: Mapping[str, Any], factor: Fraction) -> bool:
-    ranks = (config["r"], *(config.get("rank_pattern") or {}).values())
+    ranks = [n for n in (config["r"], *(config.get("rank_pattern") or {}).values()) if _is_number(n, whole=True)]
     return factor > 0 and all((rank * factor).denominator == 1 for rank in ranks)
 
 
@@ -227,7 +245,9 @@ def at_rank(config: dict[str, Any], factor: Fraction) -> dict[str, Any]:
             "a change of rank with MonteCLoRA, whose sampler has the rank,", "the whole adapter", "Compress instead"
         )
 
-    def times(number: float) -> float:
+    def times(number: Any) -> Any:
+        if not _is_number(number, whole=False):
+            return number
         product = Fraction(number) * factor
         return int(product) if product.denominator == 1 else float(product)
 

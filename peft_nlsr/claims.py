@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .adapter_folder import AdapterFolder
-from .adapters import WEIGHTS_FILE, at_rank, fit_factors
+from .adapters import WEIGHTS_FILE, Adapter, at_rank, fit_factors
 from .card import PICTURE_FILES, PICTURES, stale_card, update_card
 from .config import CONFIG_NAME
 from .errors import CorruptFileError, PeftNLSRError
@@ -44,6 +44,7 @@ class Claim:
         report: what was measured, when something was.
         originals: module -> update before the realignment: of all modules, or of those in a saved diff.
         updates: module -> new update, as in :class:`Realignment`; empty when the claim was read from files.
+        folder: where it was read from.
     """
 
     config: dict[str, Any]
@@ -51,6 +52,7 @@ class Claim:
     report: SafetyReport | None
     originals: Mapping[str, LowRank]
     updates: Mapping[str, LowRank]
+    folder: Path | None = None
 
     @classmethod
     def of(cls, done: Realignment, report: SafetyReport | None) -> Claim:
@@ -85,9 +87,9 @@ class Claim:
         require_record(record, folder / CONFIG_NAME)
         report = SafetyReport.load(folder) if (folder / REPORT_NAME).is_file() else None
         originals = dict(Diff(folder)) if (folder / DIFF_NAME).is_file() else {}
-        return cls(dict(content.get("config") or {}), record, report, originals, {})
+        return cls(dict(content.get("config") or {}), record, report, originals, {}, folder)
 
-    def about(self, saved: AdapterFolder) -> Claim | None:
+    def about(self, saved: Adapter) -> Claim | None:
         """The claim about these saved weights, or None when they are not the realigned ones.
 
         The same values in another dtype are the same weights (ZeRO-3 gathers 16 bits, PEFT loads 16 bits as 32); the
@@ -103,7 +105,20 @@ class Claim:
         report = None if self.report is None else replace(self.report, record=record)
         return replace(self, record=record, report=report)
 
-    def _narrowed(self, saved: AdapterFolder) -> bool:
+    def covers(self, adapter: Adapter) -> bool:
+        """Whether an adapter holds the realigned weights, in whatever dtype; also a narrower one, as far as the files
+        that the claim was read from are still there to compare with."""
+        if self.about(adapter) is not None:
+            return True
+        if self.folder is None or not (self.folder / WEIGHTS_FILE).is_file():
+            return False
+        recorded = AdapterFolder(self.folder)
+        if set(recorded) != set(adapter) or fingerprint(recorded) != self.record["fingerprint_after"]:
+            return False
+        pairs = ((recorded[name], mine) for name, mine in adapter.items())
+        return all(one.scale == mine.scale and _equal(_like(one, mine), mine) for one, mine in pairs)
+
+    def _narrowed(self, saved: Adapter) -> bool:
         """Whether the file holds this realignment's own result, cast to the file's dtype."""
         if not self.updates or set(saved) != set(self.originals):
             return False
@@ -123,7 +138,7 @@ class Claim:
         )
         return LowRank(*factors, geometry.scale)
 
-    def _widened(self, saved: AdapterFolder) -> bool:
+    def _widened(self, saved: Adapter) -> bool:
         """Whether the file holds the recorded weights, cast to a wider dtype, which loses nothing."""
         for dtype in _NARROW:
             if all(_equal(_like(_as(update, dtype), update), update) for update in saved.values()):

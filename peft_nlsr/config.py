@@ -49,6 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "nlsr_seed": 42,
     },
 }
+# The release thresholds these within rows, its own low_rank score over the tensor; it has no magnitude score.
+_RELEASED_ROWS = ("wanda", "snip", "preference_snip", "random")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
@@ -110,7 +112,11 @@ class NLSRConfig:
     low_rank_rule: str = _knob(
         "paper", "low_rank keeps r - int(r P_SR) directions (paper) or int(r P_SR) with a strict threshold (released)."
     )
-    mask_unit: str = _knob("tensor", "Entries compete within the whole tensor or within their row.")
+    mask_unit: str = _knob(
+        "tensor",
+        "Entries compete within the whole tensor or within their row; preset released takes rows with the scores "
+        "wanda, snip, preference_snip and random, as the release does.",
+    )
     calibration_tokens: str = _knob("all", "Tokens that enter the statistics: all, or the response (labels) only.")
     calibration_model: str = _knob("tuned", "Model whose activations are used: the fine-tuned one or the reference.")
     sequential: bool = _knob(False, "Calibrate each block on a model whose earlier blocks are already reduced.")
@@ -228,23 +234,26 @@ class NLSRConfig:
     def from_preset(cls, preset: str, /, **changes: Any) -> NLSRConfig:
         """The settings of a preset (``default``, ``paper``, ``released``), with single fields changed.
 
+        ``released`` with a score whose entries compete within rows there has ``mask_unit="row"``, unless that is
+        given; :meth:`replace` changes only what it is told.
+
         Example:
             >>> NLSRConfig.from_preset("paper", sparsity=0.7).selection
             'bernoulli'
         """
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-        return cls(**{"preset": preset, **PRESETS[preset], **changes})
+        return cls(**{"preset": preset, **PRESETS[preset], **_of_score(preset, changes.get("score")), **changes})
 
     def replace(self, **changes: Any) -> NLSRConfig:
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
 
     def changed_settings(self) -> dict[str, Any]:
-        """The settings that differ from those of the preset that these started from."""
-        preset = NLSRConfig.from_preset(self.preset)
+        """The settings that differ from those of the preset that these started from, given its ``score``."""
+        preset = {**dataclasses.asdict(NLSRConfig.from_preset(self.preset)), **_of_score(self.preset, self.score)}
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in found.items() if value != getattr(preset, name)}
+        return {name: value for name, value in found.items() if value != preset[name]}
 
     @property
     def preset_label(self) -> str:
@@ -345,6 +354,11 @@ class NLSRConfig:
                 commit_message=commit_message or "Upload NLSR settings",
                 token=token,
             )
+
+
+def _of_score(preset: str, score: Any) -> dict[str, Any]:
+    """What a preset sets otherwise with this score."""
+    return {"mask_unit": "row"} if preset == "released" and score in _RELEASED_ROWS else {}
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:

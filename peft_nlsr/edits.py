@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .costs import columns
+from .directions import TOLERANCE, Applied, Directions, block_lanczos
 from .lowrank import LowRank, add
 from .ranks import ALONE, Ranks
 from .scores import FactorPair, InputSketch, Moment
 
 EXACT_SVD_SIDE = 1024
+CLOSE = TOLERANCE / 10  # where the operator is a matrix at hand, a round more costs little
 
 
 def masked(update: LowRank, masks: FactorPair, *, inside: bool = True) -> LowRank:
@@ -124,7 +127,7 @@ class Solved(NamedTuple):
     Attributes:
         update: the repaired update, at the adapter's rank and scale.
         truncation_error: what the cut to the adapter's rank loses, relative, on the inputs seen.
-        solver_error: how far the solver is from that update, relative, on the inputs seen; 0 for a factorisation.
+        solver_error: how far the solver is from that update, relative, on the inputs seen; 0 for an exact one.
     """
 
     update: LowRank
@@ -184,7 +187,8 @@ class NormalEquations:
         """The best rank-r update of each module and its truncation error on the inputs seen.
 
         ``dW'' = (T + e dW_t) (M + e I)^-1`` with ``e = ridge * mean diag M``, then the best rank-r factors under
-        ``|D M^(1/2)|``. With ``M = L L^T`` the singular vectors of ``D L = T L^-T`` give both without forming D.
+        ``|D (M + e I)^(1/2)|``. With ``M + e I = L L^T`` the singular vectors of ``D L = (T + e dW_t) L^-T`` give both
+        without forming D.
         Over several ranks the sums are added up, in place, and each module is solved by one of them.
         """
         for total in (self.moment, *self.cross.values()):
@@ -203,30 +207,41 @@ class NormalEquations:
             T = self.cross[name]
             T = T + epsilon * t.scale * (t.B.to(T) @ t.A.to(T))
             whitened = torch.linalg.solve_triangular(root, T.T, upper=False)
-            left, error = top_directions(whitened.T, t.rank, seed=seed)
+            left, truncation, off = top_directions(whitened.T, t.rank, seed=seed)
             A = torch.linalg.solve_triangular(root.T, whitened @ left, upper=True).T
-            solved[name] = Solved(balanced(A, left, t.scale), error)
+            solved[name] = Solved(balanced(A, left, t.scale), truncation, off)
         return solved
 
 
-def top_directions(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, float]:
-    """The top ``rank`` left singular vectors ``(m, rank)`` of ``matrix (m, n)`` and ``|X - U U^T X| / |X|``.
+def top_directions(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, float, float]:
+    """The top ``rank`` left singular vectors ``U (m, rank)`` of ``X = matrix (m, n)``, with two errors.
 
-    Exact up to side 1024, subspace iteration with oversampling above. Missing directions are zero columns.
+    The first is ``|X - U U^T X| / |X|``, the second how far ``U U^T X`` is from the best cut of this rank, relative
+    to that cut: 0 where a singular value decomposition found it. That is so up to side 1024, for ranks above a
+    quarter of the shorter side, and where block Lanczos does not come below its tolerance. Missing directions are
+    zero columns.
     """
-    if min(matrix.shape) <= EXACT_SVD_SIDE:
-        left = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    found = None if min(matrix.shape) <= max(EXACT_SVD_SIDE, 4 * rank) else _by_lanczos(matrix, rank, seed)
+    if found is None or found.error > TOLERANCE:
+        left, off = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank], 0.0
     else:
-        start = torch.randn(matrix.shape[1], rank + 16, generator=torch.Generator().manual_seed(seed))
-        basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
-        for _ in range(6):
-            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
-        left = basis @ torch.linalg.svd(basis.T @ matrix, full_matrices=False).U[:, :rank]
+        left, off = found.basis[:, :rank], found.error
     if left.shape[1] < rank:
         left = torch.cat([left, left.new_zeros(len(left), rank - left.shape[1])], dim=1)
     total = float(matrix.square().sum())
     kept = float((left.T @ matrix).square().sum())
-    return left, max(0.0, 1.0 - kept / total) ** 0.5 if total > 0.0 else 0.0
+    return left, max(0.0, 1.0 - kept / total) ** 0.5 if total > 0.0 else 0.0, off
+
+
+def _by_lanczos(matrix: Tensor, rank: int, seed: int) -> Directions:
+    many = columns(rank, len(matrix))
+    start = torch.randn(len(matrix), many, generator=torch.Generator().manual_seed(seed)).to(matrix)
+
+    def applied(block: Tensor, precision: float) -> Applied:
+        rows = matrix.T @ block
+        return Applied(rows, matrix @ rows, 0.0)
+
+    return block_lanczos(applied, start, rank, tolerance=CLOSE, patient=True)
 
 
 def balanced(A: Tensor, B: Tensor, scale: float) -> LowRank:

@@ -20,7 +20,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     """A free hidden name beside ``path``; what is made there becomes ``path``, or is removed after an exception."""
     path = Path(os.path.abspath(path))  # "." has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = hidden_sibling(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -30,6 +30,11 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def hidden_sibling(path: Path) -> Path:
+    """A free hidden name beside an absolute path."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def sync(path: Path) -> None:

@@ -556,7 +556,7 @@ def _require_unclaimed(adapter: LiveAdapter) -> None:
     """Refuses an adapter that was loaded with the record of its realignment (``register()``)."""
     name = adapter.info.adapter_name
     claim = getattr(adapter.model.peft_config[name], "nlsr_claim", None)
-    if claim is not None and claim.about(adapter) is not None:
+    if claim is not None and claim.covers(adapter):
         raise PeftNLSRError(
             f"adapter {name!r} was loaded with the record of its realignment (by {claim.record['method']}); realign "
             "the original, which revert_folder gives, or continue FGSN with previous=<its folder>"

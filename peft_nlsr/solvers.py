@@ -1,15 +1,14 @@
 """The two-teacher least squares for wide modules, solved from the calibration tokens without their second moments.
 
 ``edits.NormalEquations`` sums ``M (d_in, d_in)`` and ``T (d_out, d_in)`` in float64. Here the tokens themselves are
-kept and only the ``r`` directions that the adapter can hold are looked for, by block Lanczos on ``T M^-1 T^T``.
-What remains is to apply ``M^-1`` to a few columns, in one of three ways (:data:`INVERSES`). Nothing is approximated
-in silence: every solution carries a measured error. Over several ranks each keeps its own tokens, and all run the
-same iteration on sums over all tokens.
+kept and only the ``r`` directions that the adapter can hold are looked for, by block Lanczos on ``(T + e dW_t) (M + e
+I)^-1 (T + e dW_t)^T``. What remains is to apply ``(M + e I)^-1`` to a few columns, in one of three ways
+(:data:`INVERSES`). Nothing is approximated in silence: every solution carries a measured error. Over several ranks
+each keeps its own tokens, and all run the same iteration on sums over all tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor
 
 from .costs import MOMENT_ROWS, columns, sketch_size
+from .directions import Applied, Directions, block_lanczos, symmetric
 from .edits import Solved, balanced, merged
 from .lowrank import LowRank
 from .ranks import ALONE, Ranks
 
-TOLERANCE = 3e-3  # of the measured error; iteration ends there
-SOLVED_TO = TOLERANCE / 5  # error of the first columns; later ones matter less, as much less as the error has fallen
-MOST_ROUNDS = 12  # of block Lanczos
 MOST_STEPS = 60  # of conjugate gradients, per round
 SLOWEST = 0.95  # ratio of the energies that two steps of conjugate gradients gain, when an error is estimated
 PROBES = 8  # random outputs that estimate how much the cut to the adapter's rank loses
@@ -79,7 +76,7 @@ class HeldTokens:
     """The normal equations of modules that share one input, as the tokens that make them.
 
     Attributes:
-        solver: how ``M^-1`` is applied, a key of :data:`INVERSES`.
+        solver: how ``(M + e I)^-1`` is applied, a key of :data:`INVERSES`.
         inputs, weights: the repaired model's inputs ``(n_i, d_in)`` and token weights ``(n_i,)``, batch by batch.
         wanted: per module, teacher minus base ``(n_i, d_out)``.
         ranks: the processes that keep the other tokens.
@@ -144,39 +141,13 @@ class _Problem:
     inverse: Inverse
 
     def solve(self, seed: int) -> Solved:
-        """Block Lanczos with full orthogonalisation, as in Davidson's method only for what is not exact enough yet.
+        generator = torch.Generator().manual_seed(seed)
+        start = self._random(columns(self.tuned.rank, self.Y.width), generator)
+        return self._cut(block_lanczos(self._applied, start, self.tuned.rank, ranks=self.X.ranks), generator)
 
-        It ends when the error is small enough, or no longer falls because the solutions of ``M`` bound it.
-        """
-        rank, generator = self.tuned.rank, torch.Generator().manual_seed(seed)
-        block = torch.linalg.qr(self._random(columns(rank, self.Y.width), generator)).Q
-        block = torch.linalg.qr(self._image(self._rows(block, 0.3)[0])).Q
-        basis, rows, image = block[:, :0], block.new_zeros(self.X.width, 0), block[:, :0]
-        said, precision, before = torch.zeros(0, dtype=torch.float64), SOLVED_TO, math.inf
-        for _ in range(MOST_ROUNDS):
-            new_rows, solve_error = self._rows(block, precision)
-            basis, rows = torch.cat([basis, block], dim=1), torch.cat([rows, new_rows], dim=1)
-            image = torch.cat([image, self._image(new_rows)], dim=1)
-            said = torch.cat([said, torch.full((block.shape[1],), solve_error, dtype=torch.float64)])
-            sizes, turn = _ritz(basis, image)
-            turned = _turned_errors(basis, image, sizes, turn, rank)
-            squares = torch.cat([turned, _solve_errors(said, basis, image, turn, rank).reshape(1)])
-            squares = self.X.ranks.of_first(squares)
-            turned, error = squares[:-1], float(squares.sum() ** 0.5)
-            block = self._beyond(basis, image, turn, turned > TOLERANCE**2 / (2 * rank))
-            if error <= TOLERANCE or error > 0.7 * before or block.shape[1] == 0:
-                break
-            precision, before = min(0.02, SOLVED_TO / error), error
-        return self._cut(basis @ turn.to(basis), rows @ turn.to(rows), sizes, error, generator)
-
-    def _beyond(self, basis: Tensor, image: Tensor, turn: Tensor, wanted: Tensor) -> Tensor:
-        """New directions ``(d_out, k)`` orthogonal to the basis: what the image of the wanted ones holds outside."""
-        room = self.Y.width - basis.shape[1]
-        chosen = turn[:, : len(wanted)][:, wanted][:, :room].to(image)
-        found = image @ chosen
-        for _ in range(2):
-            found = torch.linalg.qr(found - basis @ (basis.T @ found)).Q
-        return found
+    def _applied(self, basis: Tensor, precision: float) -> Applied:
+        rows, error = self._rows(basis, precision)
+        return Applied(rows, self._image(rows), error)
 
     def _random(self, many: int, generator: torch.Generator) -> Tensor:
         return torch.randn(self.Y.width, many, generator=generator).to(self.Y.roots)
@@ -196,11 +167,9 @@ class _Problem:
         A, B, scale = self.tuned.A.to(rows), self.tuned.B.to(rows), self.tuned.scale
         return self.Y.adjoint(self.X.times(rows)) + self.epsilon * scale * (B @ (A @ rows))
 
-    def _cut(
-        self, basis: Tensor, rows: Tensor, sizes: Tensor, solver_error: float, generator: torch.Generator
-    ) -> Solved:
+    def _cut(self, found: Directions, generator: torch.Generator) -> Solved:
         """The first ``rank`` directions; what the others hold is known inside the basis and estimated outside."""
-        rank = self.tuned.rank
+        rank, (basis, rows, sizes, solver_error) = self.tuned.rank, found
         probes = self._random(PROBES, generator)
         probes = probes - basis @ (basis.T @ probes)
         beyond = float((probes * self._image(self._rows(probes, 0.1)[0])).sum().clamp_min(0.0)) / PROBES
@@ -210,38 +179,6 @@ class _Problem:
         A = torch.nn.functional.pad(rows[:, :rank], (0, missing)).T
         truncation = (lost / (kept + lost)) ** 0.5 if kept + lost > 0.0 else 0.0
         return Solved(balanced(A, left, self.tuned.scale), truncation, solver_error)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.T).double()
-
-
-def _ritz(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of ``G G^T`` within the basis, largest first and at least 0, and their vectors in it."""
-    sizes, turn = torch.linalg.eigh(_symmetric(basis.T @ image))
-    return sizes.flip(0).clamp_min(0.0), turn.flip(1)
-
-
-def _turned_errors(basis: Tensor, image: Tensor, sizes: Tensor, turn: Tensor, rank: int) -> Tensor:
-    """Squared share of the update's size by which each direction is off, from the residuals of ``G G^T u = s u``.
-
-    The angle to the true directions is at most the residual over the distance to the eigenvalues that are left out
-    (Davis and Kahan), for which the smallest of the oversampled ones stand in. A direction carries the energy ``s``.
-    """
-    kept = turn[:, :rank]
-    residual = (image @ kept.to(image)).double() - basis.double() @ (kept * sizes[:rank])
-    apart = (sizes[:rank] - sizes[min(columns(rank, len(basis)), len(sizes)) - 1]).clamp_min(1e-3 * sizes[:rank])
-    angle = torch.where(sizes[:rank] > 0.0, residual.square().sum(dim=0) / apart.square(), 0.0)
-    total = float(sizes[:rank].sum())
-    return angle.clamp_max(1.0) * sizes[:rank] / (total if total > 0.0 else 1.0)
-
-
-def _solve_errors(said: Tensor, basis: Tensor, image: Tensor, turn: Tensor, rank: int) -> Tensor:
-    """Squared share of the update's size that the solutions may be off, each basis vector by what its solver said."""
-    energy = (basis.double() * image.double()).sum(dim=0).clamp_min(0.0)
-    off = (turn[:, :rank].square() * (said.to(energy).square() * energy)[:, None]).sum()
-    total = float((turn[:, :rank].square() * energy[:, None]).sum())
-    return off / (total if total > 0.0 else 1.0)
 
 
 def _by_moment(X: Weighted, epsilon: float, rank: int, seed: int) -> Inverse:
@@ -302,7 +239,7 @@ def _whitening(X: Weighted, epsilon: float, size: int, seed: int) -> Callable[[T
     sketch = X.adjoint(X.times(start)).double()
     shift = torch.finfo(torch.float32).eps * float(sketch.norm())
     sketch = sketch + shift * start
-    core = torch.linalg.cholesky(_symmetric(start.T.double() @ sketch))
+    core = torch.linalg.cholesky(symmetric(start.T.double() @ sketch))
     half = torch.linalg.solve_triangular(core, sketch.T, upper=False).T
     vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
     strong = (values.square() - shift).clamp_min(0.0) + epsilon
@@ -326,7 +263,7 @@ def block_conjugate_gradients(
     error = 0.0
     for _ in range(MOST_STEPS if bool(wanted.any()) else 0):
         applied = system(direction)
-        step = torch.linalg.inv(_symmetric(direction.T @ applied)).to(x)
+        step = torch.linalg.inv(symmetric(direction.T @ applied)).to(x)
         along = step @ size
         x = x + direction @ along
         gains.append(float((size.double() * along.double()).sum().clamp_min(0.0)))

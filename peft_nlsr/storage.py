@@ -7,9 +7,9 @@ knows PEFT; only safetensors and JSON are understood, never pickle.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CorruptFileError
-from .files import sync, temporary_sibling
-
-logger = logging.getLogger(__name__)
+from .files import hidden_sibling, sync, temporary_sibling
 
 # In the order of the format's own enumeration: files list the later types first, which keeps every tensor aligned.
 _DTYPES: dict[str, torch.dtype] = {
@@ -121,23 +119,48 @@ def write_tensors(
 def replace_folder(output: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
     """Let ``fill(folder)`` write a folder that appears at ``output`` in one rename, complete and on disk.
 
+    Into the current folder, which must stay for who stands in it, what was written is moved entry by entry, and taken
+    out again when that fails.
+
     Raises:
         FileExistsError: ``output`` exists and is not an empty folder.
     """
     output = require_new(output)
-    here = output.exists() and output.samefile(os.curdir)
+    if output.exists() and output.samefile(os.curdir):
+        _fill_existing(output, fill)
+        return
     with temporary_sibling(output) as temporary:
-        temporary.mkdir()
-        fill(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                sync(path)
+        _fill_new(temporary, fill)
         # Only POSIX renames onto an empty folder.
         if output.exists():
             output.rmdir()
-    if here:
-        os.chdir(output)  # the folder in which this process stood is gone, another one has its name
-        logger.warning("%s was replaced by a new folder; a shell that stands in it enters it with: cd .", output)
+
+
+def _fill_new(folder: Path, fill: Callable[[Path], None]) -> None:
+    folder.mkdir()
+    fill(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
+def _fill_existing(folder: Path, fill: Callable[[Path], None]) -> None:
+    temporary, moved = hidden_sibling(folder), list[Path]()
+    try:
+        _fill_new(temporary, fill)
+        require_new(folder)  # what somebody has put there in the meantime is neither replaced nor removed
+        for path in sorted(temporary.iterdir()):
+            moved.append(folder / path.name)
+            os.rename(path, moved[-1])
+    except BaseException:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_new(output: str | os.PathLike[str]) -> Path:

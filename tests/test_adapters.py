@@ -29,7 +29,7 @@ from peft_nlsr.adapter_folder import AdapterFolder, open_adapter
 from peft_nlsr.adapters import Adapter
 from peft_nlsr.errors import CorruptFileError, IncompatibleError, PeftNLSRError, UnsupportedAdapterError
 from peft_nlsr.live_adapter import LiveAdapter
-from peft_nlsr.lowrank import LowRank, add
+from peft_nlsr.lowrank import LowRank, add, fingerprint
 
 MakeLora = Callable[..., PeftModel]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -1108,7 +1108,7 @@ def test_a_rank_that_does_not_fit_the_files_says_so(make_pico_lora: MakeLora, tm
         ("lora_alpha", math.nan, "lora_alpha gives alpha nan, expected a finite number"),
         ("lora_alpha", True, "lora_alpha gives alpha True, expected a finite number"),
         ("alpha_pattern", {"q_proj": None}, r"alpha_pattern\.q_proj gives alpha None, expected a finite number"),
-        ("rank_pattern", {"nothing": 0}, r"rank_pattern\.nothing gives rank 0, expected a whole number above 0"),
+        ("rank_pattern", {"v_proj": 0}, r"rank_pattern\.v_proj gives rank 0, expected a whole number above 0"),
         ("rank_pattern", ["q_proj"], r"rank_pattern is \['q_proj'\], expected an object"),
         ("alpha_pattern", "q_proj", "alpha_pattern is 'q_proj', expected an object"),
     ],
@@ -1121,6 +1121,19 @@ def test_a_bad_number_in_the_configuration_is_named(
     (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, key: value}))
     with pytest.raises(CorruptFileError, match=f"{CONFIG}: {words}"):
         AdapterFolder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("value", [0, None, "8"])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_no_module_has_no_effect(make_pico_lora: MakeLora, tmp_path: Path, key: str, value: Any) -> None:
+    plain = AdapterFolder(save(make_pico_lora(), tmp_path / "a"))
+    before = fingerprint(plain)
+    content = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, key: {"nowhere": value}}))
+    folder = AdapterFolder(tmp_path / "a")
+    assert fingerprint(folder) == before
+    folder.save_as(tmp_path / "b", exact_sums(folder), rank_multiple=2)
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())[key] == {"nowhere": value}
 
 
 # Quantised bases

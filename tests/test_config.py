@@ -72,6 +72,15 @@ def test_a_field_can_be_changed_on_top_of_a_preset() -> None:
     assert config == NLSRConfig.from_preset("paper").replace(sparsity=0.7) and config.sparsity == 0.7
 
 
+@pytest.mark.parametrize("score", CHOICES["score"])
+def test_the_released_preset_has_the_unit_that_the_release_gives_each_score(score: str) -> None:
+    rows = {"wanda", "snip", "preference_snip", "random"}  # per row in the released code; magnitude is not in it
+    assert NLSRConfig.from_preset("released", score=score).mask_unit == ("row" if score in rows else "tensor")
+    assert NLSRConfig.from_preset("released", score=score, mask_unit="tensor").mask_unit == "tensor"
+    assert NLSRConfig.from_preset("released").replace(score=score).mask_unit == "tensor"
+    assert NLSRConfig.from_preset("paper", score=score).mask_unit == "tensor"
+
+
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'papr' is not one of default, paper, released"):
         NLSRConfig.from_preset("papr")
@@ -225,12 +234,14 @@ LABELS = {
     "paper, 2 settings changed": NLSRConfig.from_preset("paper", sparsity=0.7, compress=False),
     "paper, 5 settings changed": NLSRConfig(preset="paper"),
     "released, 1 setting changed": NLSRConfig.from_preset("released", update="sum"),
+    "released, 1 setting changed ": NLSRConfig.from_preset("released", score="wanda"),
+    "released, 2 settings changed": NLSRConfig.from_preset("released", score="wanda", mask_unit="tensor"),
 }
 
 
 @pytest.mark.parametrize(("label", "config"), LABELS.items(), ids=LABELS)
 def test_a_preset_whose_settings_were_changed_does_not_go_by_its_name_alone(label: str, config: NLSRConfig) -> None:
-    assert config.preset_label == label
+    assert config.preset_label == label.strip()
     assert NLSRConfig.from_preset(config.preset, **config.changed_settings()) == config
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_nlsr.edits
+from peft_nlsr import directions
 from peft_nlsr.calibration import FrequentDirections
 from peft_nlsr.config import NLSRConfig
+from peft_nlsr.directions import TOLERANCE
 from peft_nlsr.edits import NormalEquations, masked, restore_one_shot, restore_sum, restore_swap, top_directions
 from peft_nlsr.examples import Example
 from peft_nlsr.live_adapter import LiveAdapter
@@ -331,27 +333,69 @@ def decaying(m: int, n: int) -> Tensor:
     return left @ torch.diag(0.7 ** torch.arange(min(m, n)).double()) @ right.T
 
 
+def falling(n: int, decay: float) -> Tensor:
+    """Singular values ``i^-decay``: slowly, as those of real activations."""
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(k)).double()).Q for k in (1, 2)
+    )
+    return left @ torch.diag(torch.arange(1, n + 1).double() ** -decay) @ right.T
+
+
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60), (60, 12)], ids=["tall", "wide", "narrower-than-oversampling"])
-def test_large_matrices_get_the_same_directions_by_subspace_iteration(
+def test_large_matrices_get_the_same_directions_by_block_lanczos(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix = decaying(*shape)
-    exact, error = top_directions(matrix, 5, seed=0)
+    exact, error, _ = top_directions(matrix, 2, seed=0)
     monkeypatch.setattr(peft_nlsr.edits, "EXACT_SVD_SIDE", 8)
-    found, found_error = top_directions(matrix, 5, seed=0)
-    assert gap(found @ found.T @ matrix, exact @ exact.T @ matrix) < 1e-8
-    assert found_error == pytest.approx(error, abs=1e-8)
-    assert torch.equal(found, top_directions(matrix, 5, seed=0)[0])
+    found, found_error, off = top_directions(matrix, 2, seed=0)
+    assert off <= TOLERANCE
+    assert gap(found @ found.T @ matrix, exact @ exact.T @ matrix) < 2.0 * off + 1e-12
+    assert found_error == pytest.approx(error, abs=1e-6)
+    assert torch.equal(found, top_directions(matrix, 2, seed=0)[0])
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_slowly_decaying_singular_values_are_cut_as_exactly_as_it_says(
+    rank: int, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = falling(400, decay)
+    monkeypatch.setattr(peft_nlsr.edits, "EXACT_SVD_SIDE", 8)
+    found, _, off = top_directions(matrix, rank, seed=0)
+    assert 0.0 < off <= TOLERANCE
+    best = oracles.truncate(matrix, rank)
+    assert 0.25 * off < gap(found @ found.T @ matrix, best) < 2.0 * off
+
+
+def test_what_iteration_does_not_find_is_decomposed_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = falling(200, 0.25)
+    monkeypatch.setattr(peft_nlsr.edits, "EXACT_SVD_SIDE", 8)
+    monkeypatch.setattr(directions, "MOST_ROUNDS", 1)
+    found, _, off = top_directions(matrix, 4, seed=0)
+    assert off == 0.0
+    assert gap(found @ found.T @ matrix, oracles.truncate(matrix, 4)) < 1e-10
+
+
+def test_the_solution_carries_the_measured_error_of_its_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = falling(400, 0.5)
+    sums = NormalEquations(torch.eye(400).double(), {"q_proj": matrix})
+    nothing = LowRank(torch.zeros(24, 400), torch.zeros(400, 24), 2.0)
+    assert sums.solve({"q_proj": nothing}, ridge=1e-9, seed=0)["q_proj"].solver_error == 0.0
+    monkeypatch.setattr(peft_nlsr.edits, "EXACT_SVD_SIDE", 8)
+    found = sums.solve({"q_proj": nothing}, ridge=1e-9, seed=0)["q_proj"]
+    assert 0.0 < found.solver_error <= TOLERANCE
+    assert gap(dense(found.update), oracles.truncate(matrix, 24)) < 2.0 * found.solver_error
 
 
 def test_missing_directions_are_zero_columns() -> None:
-    found, error = top_directions(decaying(3, 20), 5, seed=0)
+    found, error, off = top_directions(decaying(3, 20), 5, seed=0)
     assert found.shape == (3, 5) and not found[:, 3:].any()
-    assert error < 1e-7
+    assert error < 1e-7 and off == 0.0
 
 
 def test_the_error_is_the_share_of_the_matrix_outside_the_directions() -> None:
     matrix = decaying(20, 30)
-    found, error = top_directions(matrix, 4, seed=0)
+    found, error, _ = top_directions(matrix, 4, seed=0)
     assert error == pytest.approx(gap(found @ found.T @ matrix, matrix), rel=1e-9)
     assert gap(found @ found.T @ matrix, oracles.truncate(matrix, 4)) < 1e-10

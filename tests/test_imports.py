@@ -18,9 +18,9 @@ LEVELS = {
     **dict.fromkeys(["files", "hub", "prompt_sets", "answer_file", "processes", "offloading"], 1),
     **dict.fromkeys(["config", "result_file", "ranks"], 2),
     **dict.fromkeys(["scores", "selection", "storage", "examples"], 3),
-    **dict.fromkeys(["edits", "costs", "adapters", "generation", "divergence"], 4),
-    "live_adapter": 5,
-    "adapter_folder": 6,
+    **dict.fromkeys(["costs", "adapters", "generation", "divergence"], 4),
+    **dict.fromkeys(["live_adapter", "directions"], 5),
+    **dict.fromkeys(["adapter_folder", "edits"], 6),
     **dict.fromkeys(["blocks", "solvers", "resuming", "patch", "reference", "record"], 7),
     **dict.fromkeys(["evaluation", "judging", "checkpoints"], 7),
     **dict.fromkeys(["gradients", "screening", "streams", "report", "projection", "measuring"], 8),
@@ -49,6 +49,8 @@ LIGHT = [
     "selection",
     "storage",
     "examples",
+    "costs",
+    "directions",
     "edits",
 ]
 HEAVY = ("peft", "transformers")

@@ -590,6 +590,21 @@ def test_an_adapter_that_comes_with_its_record_is_not_realigned_again(
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_realigned_adapter_in_a_narrower_dtype_is_not_realigned_again(
+    tmp_path: Path, make_pico_lora: MakeLora, pico_llama: LlamaForCausalLM, dtype: torch.dtype
+) -> None:
+    patch = make_patch(factors_of(make_pico_lora(seed=0)))
+    nlsr_realign(drift(make_pico_lora(seed=0)), patch=patch).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(pico_llama, str(tmp_path)).to(dtype)
+    with pytest.raises(PeftNLSRError, match=r"'default' was loaded with the record of its realignment \(by sum\)"):
+        nlsr_realign(loaded, patch=patch)
+    drift(loaded, size=0.1)
+    with pytest.raises(LineageError):  # trained on: new weights
+        nlsr_realign(loaded, NLSRConfig(update="sum"), patch=patch)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_record_that_cannot_be_read_does_not_stop_the_adapter(
     tmp_path: Path, model: PeftModel, pico_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -233,6 +233,34 @@ def test_what_cannot_be_paired_is_not_and_says_why(after: Evaluation, why: str) 
             "incoherent answers may explain",
             id="babble is no safety",
         ),
+        pytest.param(
+            evaluation("b", harm_rate=36, refusal_rate=0),
+            evaluation("a", harm_rate=16, refusal_rate=1),
+            "unclear",
+            "but they are no refusals either: harm fell by 50.0 points, refusals rose by 2.5",
+            id="neither complies nor refuses",
+        ),
+        pytest.param(
+            evaluation("b", harm_rate=36, refusal_rate=2),
+            evaluation("a", harm_rate=16, refusal_rate=1),
+            "unclear",
+            "harm fell by 50.0 points, refusals fell by 2.5",
+            id="fewer refusals",
+        ),
+        pytest.param(
+            evaluation("b", harm_rate=36, refusal_rate=0),
+            evaluation("a", harm_rate=16, refusal_rate=10),
+            "improved",
+            "harm rate fell",
+            id="half of them refuse",
+        ),
+        pytest.param(
+            evaluation("b", harm_rate=36, refusal_rate=40),
+            evaluation("a", harm_rate=16, refusal_rate=40),
+            "improved",
+            "harm rate fell",
+            id="all of them refused before",
+        ),
     ],
 )
 def test_the_verdict_claims_what_the_numbers_show(

@@ -8,10 +8,11 @@ import torch
 from oracles import gap, norm_on_inputs, random_factors
 from torch import Tensor
 
-from peft_nlsr import solvers
+from peft_nlsr import directions, solvers
+from peft_nlsr.directions import TOLERANCE
 from peft_nlsr.edits import NormalEquations, Solved
 from peft_nlsr.lowrank import LowRank
-from peft_nlsr.solvers import TOLERANCE, HeldTokens, Weighted, block_conjugate_gradients
+from peft_nlsr.solvers import HeldTokens, Weighted, block_conjugate_gradients
 from peft_nlsr.streams import draw_tokens
 
 D_IN, D_OUT, RANK, RIDGE = 96, 80, 4, 0.03
@@ -155,7 +156,7 @@ def test_the_same_call_gives_the_same_bits(solver: str) -> None:
 def test_too_few_rounds_are_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     x = INPUTS["decaying"]
     y = wanted(x, noise=3.0)
-    monkeypatch.setattr(solvers, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(directions, "MOST_ROUNDS", 1)
     _, M, best = exact(x, y, tuned())
     found = solve("moment", x, {"m": y}, {"m": tuned()})["m"]
     assert distance(found, best, M) > 0.05 and found.solver_error > 0.05

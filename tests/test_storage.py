@@ -1,7 +1,10 @@
 """Files are safetensors to the byte, are read one tensor at a time, and appear whole or not at all."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_nlsr import files
+from peft_nlsr import files, storage
 from peft_nlsr.errors import CorruptFileError
 from peft_nlsr.storage import TensorFile, replace_folder, require_finite, write_tensors
 
@@ -282,6 +285,57 @@ def test_a_failed_fill_leaves_no_folder(tmp_path: Path, error: type[BaseExceptio
     with pytest.raises(error):
         replace_folder(tmp_path / "out", fill)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shell_that_stands_in_the_output_stands_there_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    program = "from peft_nlsr.storage import *; from test_storage import *; replace_folder('.', fill_two)"
+    python = f'"{sys.executable}" -c'
+    shell = f"""{python} "{program}" && pwd -P && cat b sub/a && {python} "open('c', 'w')" """
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        shell, shell=True, cwd=tmp_path / "out", env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{(tmp_path / 'out').resolve()}\nba"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b", "c", "sub"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_failed_move_into_the_current_folder_leaves_it_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, error: type[BaseException]
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    rename, done = os.rename, []
+
+    def failing(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise error
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(storage.os, "rename", failing)
+    with pytest.raises(error):
+        replace_folder(".", fill_two)
+    assert len(done) == moves
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+def test_what_appears_in_the_current_folder_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+
+    def fill(folder: Path) -> None:
+        fill_two(folder)
+        (tmp_path / "out" / "b").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        replace_folder(".", fill)
+    assert (tmp_path / "out" / "b").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["b", "out"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
