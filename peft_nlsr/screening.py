@@ -305,7 +305,9 @@ def _answerable(asking: _Asking, examples: list[Example]) -> tuple[list[Example]
     Raises:
         CalibrationError: nothing is left.
     """
-    tokens = max(asking.config.answer_tokens, len(_canned(asking.tokenizer)))
+    tokens = asking.config.answer_tokens
+    if not all(e.answer for e in examples):  # only then a tokenizer is needed here
+        tokens = max(tokens, len(_canned(asking.tokenizer)))
     kept = [e for e in examples if e.answer or has_room(asking.adapter.model, len(e.prompt) + tokens)]
     lost = len(examples) - len(kept)
     if not kept:
