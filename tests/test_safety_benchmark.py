@@ -399,13 +399,13 @@ class TestAccount:
         shown = text.partition(account.BEGIN)[2].partition(account.END)[0].strip()
         assert shown == account.section(account.read_results())
 
-    @pytest.mark.parametrize("name", ["variations", "baselines", "large", "ablation"])
+    @pytest.mark.parametrize("name", ["variations", "baselines", "large", "ablation", "replication"])
     def test_the_readme_shows_the_other_committed_results(self, name):
         results = json.loads((CONFIGS.parent / "results" / name / "safety.json").read_text("utf-8"))
         shown = (CONFIGS.parent / "README.md").read_text("utf-8")
         assert results["config"] == json.loads((CONFIGS / f"safety-{name}.json").read_text("utf-8"))
         assert results["missing"] == 0 and summary.table(results["summary"]) in shown
-        if name == "variations":
+        if name in ("variations", "replication"):
             assert claims.claims_table([verdict for verdict in results["claims"] if verdict["cells"]]) in shown
 
     def test_the_section_is_written_between_the_markers_again_and_again(self, smoke, tmp_path, monkeypatch):
