@@ -87,7 +87,12 @@ class World:
 
 @pytest.fixture
 def world(make_pico_lora: MakeLora, tmp_path: Path) -> World:
-    given = {"calibration": rows(4), "utility": rows(4), "tokenizer": word_tokenizer(), "judge": refuses_attacks}
+    given = {
+        "calibration": rows(4, poisoned=range(4)),
+        "utility": rows(4),
+        "tokenizer": word_tokenizer(),
+        "judge": refuses_attacks,
+    }
     return World(make_pico_lora, tmp_path, drift(make_pico_lora(seed=0)), given=given)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hub_fixtures import Become, downloaded
 from local_hub import LocalHub
 from test_callback import TOKENIZER, MakeLora, callback, safety_prompts, trainer_for
-from tiny import rows
+from tiny import quick, rows
 from transformers import Trainer, TrainerCallback
 
 from peft_nlsr import open_adapter
@@ -71,7 +71,10 @@ def test_a_repair_that_was_taken_back_is_not_pushed(
     hub: LocalHub, hub_client: Become, make_pico_lora: MakeLora, tmp_path: Path
 ) -> None:
     never = callback(
-        evaluate=safety_prompts(), calibration=rows(12)[8:], judge=lambda p, answers: [False] * len(answers)
+        config=quick(lookalike_weight=1.0),
+        evaluate=safety_prompts(),
+        calibration=rows(12)[8:],
+        judge=lambda p, answers: [False] * len(answers),
     )
     pushing(tmp_path / "out", make_pico_lora(), never).train()
     assert weights_ever_pushed(hub) == set()
@@ -80,6 +83,7 @@ def test_a_repair_that_was_taken_back_is_not_pushed(
 def test_unless_it_is_told_to(hub: LocalHub, hub_client: Become, make_pico_lora: MakeLora, tmp_path: Path) -> None:
     model = make_pico_lora()
     never = callback(
+        config=quick(lookalike_weight=1.0),
         evaluate=safety_prompts(),
         calibration=rows(12)[8:],
         judge=lambda p, answers: [False] * len(answers),

@@ -161,7 +161,8 @@ def test_it_is_accepted_as_a_reference_for_an_adapter_of_the_base(
 ) -> None:
     extract(pair, tmp_path / "out", modules=["q_proj", "v_proj", "down_proj"])
     model = make_pico_lora()
-    given = {"calibration": rows(4), "utility": rows(4), "tokenizer": word_tokenizer(), "progress": False}
+    attacks = rows(4, poisoned=range(4))
+    given = {"calibration": attacks, "utility": rows(4), "tokenizer": word_tokenizer(), "progress": False}
     done = plan(model, quick(method=method), reference=tmp_path / "out", judge=refuses_attacks, **given)
     assert done.restored and done.method == ("two_teacher" if method == "nlsr" else method)
     if method == "nlsr":

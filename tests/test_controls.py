@@ -55,8 +55,8 @@ def safe(make_pico_lora: MakeLora) -> dict[str, LowRank]:
 
 
 def planner(model: PeftModel, **changes: Any) -> Planner:
-    given = {"calibration": CALIBRATION, "utility": rows(6), "tokenizer": TOKENIZER, "progress": False}
-    return Planner(model, **{**given, **changes})
+    given = {"calibration": CALIBRATION, "utility": rows(6), "tokenizer": TOKENIZER, "judge": refuses_attacks}
+    return Planner(model, **{**given, "progress": False, **changes})
 
 
 def planned(model: PeftModel, form: str, reference: Any) -> Planned:
@@ -212,11 +212,11 @@ class TestPlanner:
         more = {"one-shot": quick(update="least_squares", least_squares_form="one_shot")}
         config = {**FORMS, **more, "random": quick(update="sum", score="random")}[form]
         utility = rows(6, poisoned=[1, 4])
-        data = {"calibration": CALIBRATION, "utility": utility, "tokenizer": TOKENIZER, "progress": False}
+        data = {"calibration": CALIBRATION, "utility": utility, "tokenizer": TOKENIZER, "judge": refuses_attacks}
         shared = planner(model, utility=utility)
         shared.plan(Method("first", config.replace(utility_weight=0.3, restore_rate=0.9), reference=safe))
         mine = shared.plan(Method(form, config, reference=safe)).realignment
-        alone = plan(model, config, reference=safe, **data)
+        alone = plan(model, config, reference=safe, progress=False, **data)
         assert mine.restored == alone.restored and mine.config == config and mine.method == alone.method
         assert mine.data.get("utility") == alone.data.get("utility")
         for name, update in mine.updates.items():
@@ -269,7 +269,8 @@ class TestPlanner:
         assert max(differ) < 0.01
 
     def test_a_realigned_model_is_refused(self, model: PeftModel, safe: Any) -> None:
-        nlsr_realign(model, quick(), calibration=CALIBRATION, utility=rows(4), tokenizer=TOKENIZER, progress=False)
+        data = {"calibration": CALIBRATION, "utility": rows(4), "tokenizer": TOKENIZER, "judge": refuses_attacks}
+        nlsr_realign(model, quick(), **data, progress=False)
         with pytest.raises(PeftNLSRError, match="revert"):
             planner(model)
 
