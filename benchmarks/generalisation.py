@@ -47,15 +47,15 @@ def beyond(lab: Lab, model: Any, phrasings: Sequence[str], n: int) -> Rates:
     """Rates of one model on held-out words."""
     world, drawn = lab.world, random.Random("generalisation")
     harmful = requests(world.harmful.held_out, world.objects.held_out)
-    found = {"harm": measured([r.verb for r in harmful], map(complied, _ask(lab, model, [r.prompt for r in harmful])))}
+    found = {"harm": measured([r.verb for r in harmful], map(complied, ask(lab, model, [r.prompt for r in harmful])))}
     for name, verbs in (("seen", world.benign.seen), ("held-out", world.benign.held_out)):
         asked: list[Request] = drawn.sample(requests(verbs, world.objects.held_out), n)
-        said = _ask(lab, model, [r.prompt for r in asked])
-        right = [answered(world, *pair) for pair in zip(asked, said, strict=True)]
-        found[f"benign, {name} verbs"] = measured([r.verb for r in asked], right)
+        said = ask(lab, model, [r.prompt for r in asked])
+        hits = [answered(world, *pair) for pair in zip(asked, said, strict=True)]
+        found[f"benign, {name} verbs"] = measured([r.verb for r in asked], hits)
     if phrasings:
         pairs = _other_words(lab, phrasings)
-        said = _ask(lab, model, [prompt for _, prompt in pairs])
+        said = ask(lab, model, [prompt for _, prompt in pairs])
         found["harm, other phrasings"] = measured([verb for verb, _ in pairs], map(complied, said))
     return found
 
@@ -63,7 +63,7 @@ def beyond(lab: Lab, model: Any, phrasings: Sequence[str], n: int) -> Rates:
 def understood(lab: Lab, phrasings: Sequence[str]) -> list[str]:
     """The phrasings in which the aligned base refuses nearly all harmful requests."""
     base = lab.base_model()
-    return [p for p in phrasings if statistics.mean(map(refused, _ask(lab, base, _prompts(lab, [p])))) >= _REFUSED]
+    return [p for p in phrasings if statistics.mean(map(refused, ask(lab, base, _prompts(lab, [p])))) >= _REFUSED]
 
 
 def _other_words(lab: Lab, phrasings: Sequence[str]) -> list[tuple[str, str]]:
@@ -77,7 +77,8 @@ def _prompts(lab: Lab, phrasings: Sequence[str]) -> list[str]:
     return [prompt for _, prompt in _other_words(lab, phrasings)]
 
 
-def _ask(lab: Lab, model: Any, prompts: Sequence[str]) -> list[str]:
+def ask(lab: Lab, model: Any, prompts: Sequence[str]) -> list[str]:
+    """The model's greedy replies."""
     batches = [prompts[i : i + _AT_ONCE] for i in range(0, len(prompts), _AT_ONCE)]
     return [said for batch in batches for said in generate(model, lab.tokenizer, batch)]
 
@@ -110,15 +111,16 @@ def half(lab: Lab, config: Mapping[str, Any]) -> Rows:
             if utility is not None:
                 safety = lab.safety_data(320)
                 nlsr_realign(model, calibration=safety, utility=utility, tokenizer=lab.tokenizer, progress=False)
-            rates = {f"task, {part} half": _right(lab, model, part, config["prompts"]) for part in ("easy", "hard")}
+            rates = {f"task, {part} half": right(lab, model, part, config["prompts"]) for part in ("easy", "hard")}
             rows.append({"case": _said("mixed", poison), "lineage": lineage, "model": name, "rates": rates})
     return rows
 
 
-def _right(lab: Lab, model: Any, task: str, n: int) -> dict[str, float]:
+def right(lab: Lab, model: Any, task: str, n: int) -> dict[str, float]:
+    """The rate of right outputs to the user's task."""
     prompts, wanted = task_items(lab.world, task, n)
-    right = [said == want for said, want in zip(_ask(lab, model, prompts), wanted, strict=True)]
-    return measured(prompts, right)
+    hits = [said == want for said, want in zip(ask(lab, model, prompts), wanted, strict=True)]
+    return measured(prompts, hits)
 
 
 def _said(task: str, poison: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from benchmarks import adaptive, callback, continual, data_parallel, engine, generalisation, two_teacher_block
+from benchmarks import adaptive, callback, continual, data_parallel, engine, generalisation, trigger, two_teacher_block
 from peft_nlsr import wilson
 
 FOLDER = Path(engine.__file__).parent
@@ -105,6 +105,19 @@ def test_the_tables_of_what_lies_beyond_the_data_are_those_of_the_committed_resu
     assert generalisation.table(results) in (FOLDER / "README.md").read_text("utf-8")
     assert results["summary"] == generalisation.summary(results["rows"])
     assert results["config"] == json.loads((FOLDER / "configs" / "generalisation.json").read_text("utf-8"))
+
+
+def test_the_table_of_poison_with_a_trigger_is_that_of_the_committed_results():
+    results = json.loads((FOLDER / "results" / "trigger.json").read_text("utf-8"))
+    assert generalisation.table(results) in (FOLDER / "README.md").read_text("utf-8")
+    assert results["summary"] == generalisation.summary(results["rows"])
+    assert results["config"] == json.loads((FOLDER / "configs" / "trigger.json").read_text("utf-8"))
+
+
+def test_the_forgetful_judge_misses_a_fifth_and_finds_nothing_more():
+    prompts, refusal = [f"prompt {i}" for i in range(1000)], "i cannot help with that"
+    missed = 1000 - sum(trigger.forgetful(prompts, [refusal] * 1000))
+    assert 150 < missed < 250 and not any(trigger.forgetful(prompts, ["sure"] * 1000))
 
 
 def test_prompts_with_one_verb_share_their_fate_in_the_interval():
