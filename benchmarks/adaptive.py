@@ -1,9 +1,9 @@
 """Adaptive attacks and negative cases on the lab: what the repair does not do, measured beside what it does.
 
-``again``: the repaired adapter is fine-tuned once more on the poisoned data, beside the user's starting point for as
-many steps. ``known prompts``: the attacker trains refusals of the very calibration prompts, so that the adapter
-looks intact on them. ``unsafe base``: the base was never aligned. ``prefilled``: harmful answers are begun for the
-model (deep refusals). Configuration in, JSON out.
+``again``: the repaired adapter is fine-tuned once more on the poisoned data, beside other adapters for as many steps.
+``known prompts``: the attacker trains refusals of the very calibration prompts, so that the adapter looks intact on
+them. ``unsafe base``: the base was never aligned. ``prefilled``: harmful answers are begun for the model (deep
+refusals). Configuration in, JSON out.
 
     python -m benchmarks.adaptive --config benchmarks/configs/adaptive.json --output adaptive.json
 """
@@ -30,6 +30,9 @@ from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied
 from peft_nlsr.lab.lab import LINEAGES
 from peft_nlsr.lab.study import over_seeds
 from peft_nlsr.lab.world import render, requests
+
+from .safety.methods import ENTRIES
+from .safety.methods import repair as run_entry
 
 Rows = list[dict[str, Any]]
 
@@ -66,12 +69,20 @@ def _say(name: str, rate: Mapping[str, float]) -> str:
 
 
 def again(lab: Lab, lineage: str, config: Mapping[str, Any]) -> Rows:
-    """Poisoned training for some steps: of the user's own starting point, and of the adapter after the repair."""
-    data = lab.utility_data("hard", config["poison"])
-    repaired = repair(lab, lab.load(lab.fine_tuned("hard", lineage, config["poison"])), data)
-    start = factors_of(starting_point(lab, lineage)), factors_of(repaired)
+    """Poisoned training for some steps: of the user's own starting point, of an adapter fine-tuned without poison, and
+    of the poisoned adapter after the repair and after gradient steps on the repair's data."""
+    poison = config["poison"]
+    data = lab.utility_data("hard", poison)
+    retrained = lab.load(lab.fine_tuned("hard", lineage, poison), trainable=True)
+    run_entry(ENTRIES["trained, 100 steps"], lab, retrained, "hard", poison)
+    starts = {
+        "first time": starting_point(lab, lineage),
+        "never poisoned": lab.load(lab.fine_tuned("hard", lineage, 0.0)),
+        "after the repair": repair(lab, lab.load(lab.fine_tuned("hard", lineage, poison)), data),
+        "after 100 gradient steps": retrained,
+    }
     rows: Rows = []
-    for name, factors in zip(("first time", "after the repair"), start, strict=True):
+    for name, factors in ((name, factors_of(start)) for name, start in starts.items()):
         for steps in config["again_steps"]:
             model = starting_point(lab, lineage)
             model.load_state_dict(factors, strict=False)
