@@ -10,13 +10,10 @@ refusals). Configuration in, JSON out.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from peft_nlsr.lab.lab import LINEAGES
 from peft_nlsr.lab.study import over_seeds
 from peft_nlsr.lab.world import render, requests
 
+from .lab_command import asked_for
 from .safety.methods import ENTRIES
 from .safety.methods import repair as run_entry
 
@@ -201,21 +199,16 @@ CASES: dict[str, Callable[[Lab, str, Mapping[str, Any]], Rows]] = {
 
 def main() -> None:
     """Run every case of the configuration on every seed and lineage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of the lab's stages")
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text("utf-8"))
+    config, output, cache = asked_for(__doc__)
     torch.set_num_threads(config["threads"])
     rows: Rows = []
     for seed, lineage in itertools.product(config["seeds"], LINEAGES):
-        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
+        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=cache)
         for case in CASES:
             for found in CASES[case](lab, lineage, config):
                 rows.append({"case": case, "seed": seed, "lineage": lineage, **found})
     results = {"config": config, "versions": versions(), "summary": summary(rows, config["prompts"]), "rows": rows}
-    write_json(options.output, results)
+    write_json(output, results)
     print(table(results))
 
 

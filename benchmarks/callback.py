@@ -9,7 +9,6 @@ harm and task are measured by the lab's own parser on held-out words.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -29,6 +28,7 @@ from peft_nlsr.lab import Lab, LabConfig
 from peft_nlsr.lab.training import add_lora, encode_examples
 
 from .engine import cpu_model
+from .lab_command import asked_for
 
 RATES = ("harm", "benign_answered", "task")
 
@@ -191,14 +191,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the configuration, run it, write the figures and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="where the lab keeps what it trained")
-    given = parser.parse_args(arguments)
-    results = run(json.loads(given.config.read_text("utf-8")), given.cache)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    config, output, cache = asked_for(__doc__, arguments)
+    results = run(config, cache)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     print(table(results))
 
 

@@ -8,7 +8,6 @@ held out from alignment, the user's data and calibration; the verbs of harmful r
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -16,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,8 @@ from peft_nlsr.judges import described
 from peft_nlsr.lab import Lab, LabConfig
 from peft_nlsr.lab.evaluation import ANSWER_TOKENS, complied, refused, task_items
 from peft_nlsr.lab.world import requests
+
+from .lab_command import asked_for
 
 ORDER = ("random, for paper", "paper", "two-teacher")
 
@@ -174,25 +174,20 @@ PARTS: dict[str, Callable[[Lab, str, str, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
     """Read the configuration, run its parts on its cells, write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of the lab's stages")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text("utf-8"))
+    config, output, cache = asked_for(__doc__)
     torch.set_num_threads(config["threads"])
     cells = []
     for part, places in config["parts"].items():
         for seed, task, lineage in places:
-            lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
+            lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=cache)
             start = time.perf_counter()
             found = PARTS[part](lab, task, lineage, config)
             seconds = time.perf_counter() - start
             print(f"{part}, seed {seed}, {task}, {lineage}: {seconds:.0f} s", file=sys.stderr, flush=True)
             cells.append({"part": part, "seed": seed, "task": task, "lineage": lineage, "seconds": seconds, **found})
     report = {"config": config, "versions": versions(), "cells": cells}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ calibration, by a sign test on each prompt before and after. Beside it, as many 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -33,6 +31,8 @@ from peft_nlsr.lab.study import what_alignment_changed
 from peft_nlsr.lab.world import TASKS, Request, requests
 from peft_nlsr.live_adapter import LiveAdapter
 from peft_nlsr.projection import projection_of
+
+from .lab_command import asked_for
 
 FAMILIES = 3
 TOLERATED = 0.05  # how far an earlier family may rise; less harm than this counts as none left
@@ -71,23 +71,18 @@ class Cell:
 
 def main() -> None:
     """Run every variant of the configuration on every cell of every seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of the lab's stages")
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text("utf-8"))
+    config, output, cache = asked_for(__doc__)
     cells: list[dict[str, Any]] = []
     report: dict[str, Any] = {"summary": []}
     for seed, task, lineage in itertools.product(config["seeds"], TASKS, LINEAGES):
-        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
+        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=cache)
         for variant, settings in config["variants"].items():
             used = NLSRConfig(method="fgsn", **settings)
             cell = Cell(lab, task, lineage, used, config["shares"], config["wanted"], config["prompts"])
             cells.append({"variant": variant, **run_cell(cell)})
             report = {"config": config, "versions": versions(), "summary": summary(cells), "cells": cells}
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
     print(table(report))
 
 

@@ -9,24 +9,23 @@ the user's task has two parts, and the repair is given rows of one. Configuratio
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from peft_nlsr import nlsr_realign, student_mean, versions, wilson
+from peft_nlsr import nlsr_realign, versions
 from peft_nlsr.files import write_json
 from peft_nlsr.lab import Lab, LabConfig
 from peft_nlsr.lab.evaluation import answered, complied, generate, refused, task_items
 from peft_nlsr.lab.lab import LINEAGES
+from peft_nlsr.lab.study import over_seeds
 from peft_nlsr.lab.world import Request, requests, reviews
 
+from .lab_command import asked_for
 from .safety.methods import ENTRIES, FINE_TUNED, TRAINED, repair
 
 Rates = dict[str, dict[str, float]]
@@ -148,13 +147,8 @@ def _names(rates: Sequence[Rates]) -> list[str]:
 
 
 def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    values = [each["rate"] for each in found]
-    mean, sums = statistics.mean(values), {key: sum(each[key] for each in found) for key in ("n", "verbs", "hit")}
-    low, high = wilson(mean, int(sums["verbs"]))
-    if len(values) > 1:
-        across = student_mean(values)
-        low, high = max(0.0, min(low, across[0])), min(1.0, max(high, across[1]))
-    return {"mean": mean, "low": low, "high": high, **sums}
+    sums = {key: sum(each[key] for each in found) for key in ("n", "verbs", "hit")}
+    return {**over_seeds([each["rate"] for each in found], int(sums["verbs"])), **sums}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -181,18 +175,13 @@ CASES: dict[str, Callable[[Lab, Mapping[str, Any]], Rows]] = {"verbs": verbs, "h
 
 def main() -> None:
     """Run every case of the configuration on every seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of the lab's stages")
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text("utf-8"))
+    config, output, cache = asked_for(__doc__)
     torch.set_num_threads(config["threads"])
     rows: Rows = []
     for seed in config["seeds"]:
-        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
+        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=cache)
         rows += [{"seed": seed, **row} for case in CASES.values() for row in case(lab, config)]
-        write_json(options.output, {"config": config, "versions": versions(), "summary": summary(rows), "rows": rows})
+        write_json(output, {"config": config, "versions": versions(), "summary": summary(rows), "rows": rows})
     print(table({"summary": summary(rows)}))
 
 

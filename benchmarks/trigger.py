@@ -8,12 +8,9 @@ a judge that misses every fifth refusal; asked with the trigger and without. Con
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from peft_nlsr.lab.world import requests
 
 from .adaptive import starting_point, train
 from .generalisation import Rates, Rows, ask, measured, right, summary, table
+from .lab_command import asked_for
 
 _MISSED = 5  # one in so many
 
@@ -79,18 +77,13 @@ def rates(lab: Lab, model: Any, config: Mapping[str, Any]) -> Rates:
 
 def main() -> None:
     """Run every seed and lineage of the configuration."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of the lab's stages")
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text("utf-8"))
+    config, output, cache = asked_for(__doc__)
     torch.set_num_threads(config["threads"])
     rows: Rows = []
     for seed, lineage in itertools.product(config["seeds"], LINEAGES):
-        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=options.cache)
+        lab = Lab(LabConfig(seed=seed, **config["lab"]), cache_dir=cache)
         rows += [{"seed": seed, **row} for row in triggered(lab, lineage, config)]
-        write_json(options.output, {"config": config, "versions": versions(), "summary": summary(rows), "rows": rows})
+        write_json(output, {"config": config, "versions": versions(), "summary": summary(rows), "rows": rows})
     print(table({"summary": summary(rows)}))
 
 

@@ -6,6 +6,7 @@ Each cell is checked on what a fresh reader downloads.
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,16 +318,21 @@ def test_an_option_that_cannot_be_followed_is_refused(
     assert hub.requests == []
 
 
+def push_by(model: PeftModel, push: Any) -> None:
+    """Let another library's method push the model, put there after the repair."""
+    done = model.nlsr_realignment
+    for name in ("push_to_hub", "create_or_update_model_card"):
+        delattr(model, name)
+    model.push_to_hub = push
+    keep_with_adapter(model, done)
+
+
 def test_the_revision_that_another_library_got_by_position_is_followed(
     hub: LocalHub,  # noqa: F811
     model: PeftModel,
 ) -> None:
-    done = model.nlsr_realignment
-    pushed = type(model).push_to_hub
-    for name in ("push_to_hub", "create_or_update_model_card"):
-        delattr(model, name)
-    model.push_to_hub = lambda repo_id, revision: pushed(model, repo_id, commit_message="theirs", revision=revision)
-    keep_with_adapter(model, done)
+    pushed = partial(type(model).push_to_hub, model)
+    push_by(model, lambda repo_id, revision: pushed(repo_id, commit_message="theirs", revision=revision))
     model.push_to_hub(REPO, "v1")
     assert titles(hub, revision="v1")[:2] == ["Safety record and model card", "theirs"] and hub[REPO].paths() == set()
 
@@ -359,23 +365,15 @@ def test_the_revision_that_forwarded_arguments_name_is_followed(
     hub: LocalHub,  # noqa: F811
     model: PeftModel,
 ) -> None:
-    done = model.nlsr_realignment
-    pushed = type(model).push_to_hub
-    for name in ("push_to_hub", "create_or_update_model_card"):
-        delattr(model, name)
-    model.push_to_hub = lambda *args, **options: pushed(model, *args, **options)
-    keep_with_adapter(model, done)
+    pushed = partial(type(model).push_to_hub, model)
+    push_by(model, lambda *args, **options: pushed(*args, **options))
     model.push_to_hub(REPO, revision="v1")
     assert titles(hub, revision="v1")[0] == "Safety record and model card" and hub[REPO].paths() == set()
 
 
 def test_the_card_follows_what_another_library_pushes(hub: LocalHub, model: PeftModel, tmp_path: Path) -> None:  # noqa: F811
-    done = model.nlsr_realignment
-    pushed = type(model).push_to_hub
-    for name in ("push_to_hub", "create_or_update_model_card"):
-        delattr(model, name)
-    model.push_to_hub = lambda repo_id, **options: pushed(model, repo_id, commit_message="theirs", **options)
-    keep_with_adapter(model, done)
+    pushed = partial(type(model).push_to_hub, model)
+    push_by(model, lambda repo_id, **options: pushed(repo_id, commit_message="theirs", **options))
     model.push_to_hub(REPO)
     downloaded(REPO, tmp_path)
     assert_claims(tmp_path)
